@@ -1,0 +1,268 @@
+"""Sub-models and the spaces they are drawn from. Knows sizes only: no tensor, no module."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sorted_kernels.errors import DimensionError, SpaceError
+
+Weights = str | Sequence[float]
+
+
+@functools.total_ordering
+class Submodel(Mapping[str, int]):
+    """One size for each dimension: ``Submodel(depth=8, hidden=384)``.
+
+    Frozen, hashable, and ordered by its sizes (dimensions in alphabetical order), so that lists of
+    sub-models sort the same way everywhere. Reads like a mapping (``s["depth"]``) or an object
+    (``s.depth``).
+
+    Raises:
+        DimensionError: A size is not an integer of at least 1, or no dimension is given.
+    """
+
+    __slots__ = ("_sizes", "_key", "_hash")
+    _sizes: dict[str, int]
+    _key: tuple[tuple[str, int], ...]
+    _hash: int
+
+    def __init__(self, **sizes: int) -> None:
+        if not sizes:
+            raise DimensionError("Submodel needs at least one dimension, e.g. Submodel(depth=8)")
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise DimensionError(
+                    f"size of dimension {name!r} is {size!r}; allowed are integers of at least 1"
+                )
+        key = tuple(sorted(sizes.items()))
+        object.__setattr__(self, "_sizes", dict(sizes))
+        object.__setattr__(self, "_key", key)
+        object.__setattr__(self, "_hash", hash(key))
+
+    def replace(self, **sizes: int) -> Submodel:
+        """The same sub-model with some sizes changed."""
+        return Submodel(**{**self._sizes, **sizes})
+
+    def fits_in(self, other: Submodel) -> bool:
+        """Whether every dimension here is at most the other's: this is a part of the other."""
+        return all(name in other and size <= other[name] for name, size in self._key)
+
+    def __getitem__(self, name: str) -> int:
+        return self._sizes[name]
+
+    def __getattr__(self, name: str) -> int:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self._sizes[name]
+        except KeyError:
+            raise AttributeError(f"{self!r} has no dimension {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a Submodel is frozen; use .replace(...)")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Submodel) else NotImplemented
+
+    def __lt__(self, other: Submodel) -> bool:
+        return self._key < other._key if isinstance(other, Submodel) else NotImplemented
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._sizes,)
+
+    def __repr__(self) -> str:
+        return f"Submodel({self})"
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={size}" for name, size in self._sizes.items())
+
+
+def _rebuild(sizes: dict[str, int]) -> Submodel:
+    return Submodel(**sizes)
+
+
+def probabilities(weights: Weights, count: int) -> list[float]:
+    """Turn a weights option into ``count`` probabilities, smallest size first.
+
+    Args:
+        weights: ``"uniform"``, ``"geometric"`` (each size half as likely as the one below it, as
+            in DyLoRA's geometric variant), ``"geometric:RATIO"``, or one number a size.
+        count: How many sizes there are.
+
+    Raises:
+        SpaceError: Unknown name, wrong length, or a negative, infinite or all-zero weight.
+    """
+    if isinstance(weights, str):
+        name, _, ratio_text = weights.partition(":")
+        try:
+            ratio = float(ratio_text) if ratio_text else 0.5
+        except ValueError:
+            ratio = math.nan
+        if name == "uniform" and not ratio_text:
+            values = [1.0] * count
+        elif name == "geometric" and 0.0 < ratio <= 1.0:
+            values = [ratio**i for i in range(count)]
+        else:
+            raise SpaceError(
+                f"weights {weights!r} are unknown; allowed are 'uniform', 'geometric', "
+                "'geometric:RATIO' with 0 < RATIO <= 1, or one number a size"
+            )
+    else:
+        values = [float(value) for value in weights]
+    if len(values) != count:
+        raise SpaceError(f"{len(values)} weights were given for {count} sizes")
+    total = sum(values)
+    if not all(math.isfinite(v) and v >= 0 for v in values) or not 0 < total < math.inf:
+        raise SpaceError(f"weights {list(values)} must be finite, not negative, and not all zero")
+    return [value / total for value in values]
+
+
+class SubmodelSpace:
+    """The sub-models to train and their sampling distribution.
+
+    ``SubmodelSpace(depth=[4, 8, 12], hidden=[192, 384])`` is the product of its dimensions, each
+    drawn on its own (SortedNet, section 3); :meth:`of` takes a plain list instead.
+
+    Args:
+        weights: For each dimension that is not uniform, what :func:`probabilities` takes. Weights
+            follow the sizes in the order they were given.
+        **sizes: The sizes of each dimension.
+
+    Raises:
+        SpaceError: No dimension, a dimension without sizes or with one twice, or bad weights.
+        DimensionError: A size below 1, or weights for a dimension that is not there.
+    """
+
+    def __init__(
+        self, *, weights: Mapping[str, Weights] | None = None, **sizes: Iterable[int]
+    ) -> None:
+        if not sizes:
+            raise SpaceError("SubmodelSpace is empty: give at least one dimension with its sizes")
+        weights = dict(weights or {})
+        self.dimensions: dict[str, tuple[int, ...]] = {}
+        self._cumulative: dict[str, list[float]] = {}
+        for name, given in sizes.items():
+            values = list(given)
+            if not values:
+                raise SpaceError(f"dimension {name!r} has no sizes")
+            if len(set(values)) != len(values):
+                raise SpaceError(f"dimension {name!r} names a size twice: {values}")
+            for value in values:
+                Submodel(**{name: value})  # one rule for what a size may be
+            option = weights.pop(name, "uniform")
+            if isinstance(option, str):  # named distributions run from the smallest size up
+                values.sort()
+            pairs = sorted(zip(values, probabilities(option, len(values)), strict=True))
+            self.dimensions[name] = tuple(value for value, _ in pairs)
+            self._cumulative[name] = list(itertools.accumulate(p for _, p in pairs))
+        if weights:
+            raise DimensionError(
+                f"weights name unknown dimensions {sorted(weights)}; there are {list(sizes)}"
+            )
+        self._listed: tuple[Submodel, ...] | None = None
+
+    @classmethod
+    def of(cls, submodels: Iterable[Submodel], *, weights: Weights = "uniform") -> SubmodelSpace:
+        """A space that is a plain list of sub-models under one distribution.
+
+        Args:
+            submodels: The list; all have the same dimensions, none stands twice.
+            weights: What :func:`probabilities` takes, in the order given (a named distribution
+                runs over the sub-models sorted by size).
+
+        Raises:
+            SpaceError: The list is empty, repeats itself, or mixes dimensions.
+        """
+        listed = list(submodels)
+        if not listed:
+            raise SpaceError("SubmodelSpace.of was given no sub-model")
+        if len(set(listed)) != len(listed):
+            raise SpaceError("SubmodelSpace.of was given a sub-model twice")
+        names = set(listed[0])
+        for submodel in listed:
+            if set(submodel) != names:
+                raise SpaceError(
+                    f"{submodel!r} has dimensions {sorted(submodel)}, others {sorted(names)}"
+                )
+        if isinstance(weights, str):
+            listed.sort()
+        pairs = sorted(zip(listed, probabilities(weights, len(listed)), strict=True))
+        space = cls.__new__(cls)
+        space.dimensions = {
+            name: tuple(sorted({submodel[name] for submodel in listed})) for name in listed[0]
+        }
+        space._listed = tuple(submodel for submodel, _ in pairs)
+        space._cumulative = {"": list(itertools.accumulate(p for _, p in pairs))}
+        return space
+
+    def sample(self, generator: torch.Generator | None = None) -> Submodel:
+        """Draw one sub-model, each dimension by its own distribution.
+
+        Args:
+            generator: Source of randomness; torch's global one when not given.
+        """
+        draws = torch.rand(len(self._cumulative), generator=generator, dtype=torch.float64)
+        picks = [
+            min(sum(edge <= draw for edge in edges), len(edges) - 1)
+            for edges, draw in zip(self._cumulative.values(), draws.tolist(), strict=True)
+        ]
+        if self._listed is not None:
+            return self._listed[picks[0]]
+        sizes = zip(self.dimensions.items(), picks, strict=True)
+        return Submodel(**{name: values[pick] for (name, values), pick in sizes})
+
+    @property
+    def largest(self) -> Submodel:
+        """The sub-model with the largest size in every dimension (of a list: its last)."""
+        if self._listed is not None:
+            return self._listed[-1]
+        return Submodel(**{name: values[-1] for name, values in self.dimensions.items()})
+
+    @property
+    def smallest(self) -> Submodel:
+        """The sub-model with the smallest size in every dimension (of a list: its first)."""
+        if self._listed is not None:
+            return self._listed[0]
+        return Submodel(**{name: values[0] for name, values in self.dimensions.items()})
+
+    def __iter__(self) -> Iterator[Submodel]:
+        if self._listed is not None:
+            yield from self._listed
+            return
+        for sizes in itertools.product(*self.dimensions.values()):
+            yield Submodel(**dict(zip(self.dimensions, sizes, strict=True)))
+
+    def __len__(self) -> int:
+        if self._listed is not None:
+            return len(self._listed)
+        return math.prod(len(values) for values in self.dimensions.values())
+
+    def __contains__(self, submodel: object) -> bool:
+        if self._listed is not None:
+            return submodel in self._listed
+        return (
+            isinstance(submodel, Submodel)
+            and set(submodel) == set(self.dimensions)
+            and all(size in self.dimensions[name] for name, size in submodel.items())
+        )
+
+    def __repr__(self) -> str:
+        if self._listed is not None:
+            return f"SubmodelSpace.of(<{len(self)} sub-models>)"
+        inner = ", ".join(f"{name}={list(values)}" for name, values in self.dimensions.items())
+        return f"SubmodelSpace({inner})"

@@ -1,0 +1,1 @@
+"""Triton implementations: the twins of ``sorted_kernels.reference``, same names and arguments."""
