@@ -70,7 +70,7 @@ def active_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
             return
         seen[id(current)] = current
         deep = isinstance(current, DepthContainer)
-        for child in current.active_blocks() if deep else current.children():
+        for child in current.active_blocks() if deep else list(current.children()):
             visit(child)
 
     visit(module)

@@ -86,6 +86,20 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
+def native_autograd(op: str, x: Tensor, param: Tensor | None, block: int) -> bool:
+    """Whether an op is left to PyTorch's own autograd nodes: small blocks, no kernel of ours."""
+    return (
+        block <= NATIVE_BLOCK
+        and (param is None or param.dtype == x.dtype)
+        and implementation(op, x).__name__.startswith(_REFERENCE)
+    )
+
+
+NATIVE_BLOCK = 1 << 17
+"""Elements up to which autograd's C++ nodes and a copy into the prefix beat a Python node that
+writes the prefix itself (512 KiB of float32: the copy stays in the L2 cache)."""
+
+_REFERENCE = "sorted_kernels.reference."
 _reference_only = False
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
-from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.backend import implementation, native_autograd
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, GradientSlot, detached
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, prefix_leaf
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define(
@@ -112,10 +113,7 @@ class _LayerNorm(Function):
                     slot.expect(dy.shape[-1])
             return (*_dense_backward(ctx, dy), *[None] * 5)
         if torch.is_grad_enabled():
-            raise GradientError(
-                "double backward through gradients that land in place is not possible; give the "
-                "layer grad_mode='dense', or use sk.layer_norm on the parameter"
-            )
+            raise GradientError(IN_PLACE_TWICE)
         x, weight, mean, rstd = ctx.saved_tensors
         if is_compiling():
             dx, dw, db = torch.ops.sorted_kernels.layer_norm_backward(
@@ -235,6 +233,11 @@ def run_layer_norm(
             return torch.ops.sorted_kernels.layer_norm(x, weight, bias, eps)[0]
     elif not torch.is_grad_enabled():
         return _layer_norm(x, weight, bias, eps)[0]
+    elif not dense and native_autograd("layer_norm", x, weight, x.shape[-1]):
+        k = x.shape[-1]
+        scale = None if weight is None else prefix_leaf(weight_slot, weight, k)
+        shift = None if bias is None else prefix_leaf(bias_slot, bias, k)
+        return F.layer_norm(x, (k,), scale, shift, eps)
     anchor = None
     if not dense:
         weight, bias, anchor = detached(weight), detached(bias), ANCHOR
