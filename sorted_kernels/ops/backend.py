@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
@@ -86,20 +87,21 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
-def native_autograd(op: str, x: Tensor, param: Tensor | None, block: int) -> bool:
-    """Whether an op is left to PyTorch's own autograd nodes: small blocks, no kernel of ours."""
+LEAF_ELEMENTS = 1 << 17
+"""Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
+node that writes the prefix itself (512 KiB of float32: the copy stays in the L2 cache)."""
+
+
+def uses_leaves(op: str, x: Tensor, block: int) -> bool:
+    """Whether a layer leaves an op to autograd's own nodes: small block, no kernel of ours."""
     return (
-        block <= NATIVE_BLOCK
-        and (param is None or param.dtype == x.dtype)
-        and implementation(op, x).__name__.startswith(_REFERENCE)
+        block <= LEAF_ELEMENTS
+        and not is_compiling()
+        and torch.is_grad_enabled()
+        and implementation(op, x) is _reference(op)
     )
 
 
-NATIVE_BLOCK = 1 << 17
-"""Elements up to which autograd's C++ nodes and a copy into the prefix beat a Python node that
-writes the prefix itself (512 KiB of float32: the copy stays in the L2 cache)."""
-
-_REFERENCE = "sorted_kernels.reference."
 _reference_only = False
 
 

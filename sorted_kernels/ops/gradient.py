@@ -62,11 +62,12 @@ class GradientSlot:
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
         self.hooked = False
-        key, handle = id(param), self.handle
+        key, handle, leaves = id(param), self.handle, self.leaves
 
         def forget(_: object) -> None:
             _by_param.pop(key, None)
             _by_handle.pop(handle, None)
+            leaves.clear()  # they are views of the parameter's storage
 
         self.param = weakref.ref(param, forget)
 
@@ -90,57 +91,58 @@ class GradientSlot:
         Returns:
             The view, and whether to add to it (True) or to overwrite it (False).
         """
-        accumulate = self._record(m, k)
+        accumulate = self.record(m, k)
         buffer = self.buffer
         assert buffer is not None
         return (buffer[:m] if buffer.dim() == 1 else buffer[:m, :k]), accumulate
 
-    def _record(self, m: int, k: int) -> bool:
+    def record(self, m: int, k: int) -> bool:
         """Attach the buffer and cover ``[:m, :k]``; whether its old contents count."""
         param = self.param()
         assert param is not None, "a gradient arrived for a parameter that is gone"
         grad = param.grad
-        if grad is None or grad is not self.buffer:
-            accumulate = self._attach(param, grad, m, k)
-        else:
-            accumulate = bool(self.staircase.corners)
-        self.staircase.add(m, k)
-        return accumulate
-
-    def _attach(self, param: Tensor, grad: Tensor | None, m: int, k: int) -> bool:
-        """Make ``param.grad`` the buffer; the return value is :meth:`_record`'s."""
-        self._watch(param)
-        if grad is not None:  # somebody else's tensor: what it holds is unknown, so all of it
+        if grad is None:
+            self._attach(param, m, k)
+            self.staircase.corners = [(m, k)]
+            return False
+        if grad is not self.buffer:  # somebody else's tensor: what it holds is unknown, so all
             if grad.stride(-1) != 1:
                 raise StrideError(
                     f"param.grad has strides {grad.stride()}; gradients are written in place, "
                     "which needs a unit inner stride"
                 )
+            self._watch(param)
             self._adopt(grad)
             self.staircase.cover_all()
             return True
-        if self._reusable(param):
-            assert self.buffer is not None
+        if self.staircase.corners:
+            self.staircase.add(m, k)
+            return True
+        self.staircase.corners = [(m, k)]
+        return False
+
+    def _attach(self, param: Tensor, m: int, k: int) -> None:
+        """Make the buffer ``param.grad``, zero outside ``[:m, :k]``."""
+        buffer = self.buffer
+        if (
+            buffer is not None
+            and sys.getrefcount(buffer) <= 3  # nobody kept it from an earlier step
+            and buffer.dtype is param.dtype
+            and buffer.device == param.device
+        ):
             for rows, cols in self.staircase.corners:
                 if rows > m or cols > k:
-                    _clear_outside(self.buffer, self.staircase, m, k)
+                    _clear_outside(buffer, self.staircase, m, k)
                     break
         else:
-            self._adopt(torch.zeros_like(param, memory_format=torch.contiguous_format))
-        self.staircase.clear()
-        param.grad = self.buffer
-        return False
+            self._watch(param)
+            buffer = torch.zeros_like(param, memory_format=torch.contiguous_format)
+            self._adopt(buffer)
+        param.grad = buffer
 
     def _adopt(self, buffer: Tensor | None) -> None:
         self.buffer = buffer
         self.generation += 1
-
-    def _reusable(self, param: Tensor) -> bool:
-        """Whether the detached buffer fits, and nobody kept it from an earlier step."""
-        buffer = self.buffer
-        if buffer is None or buffer.dtype != param.dtype or buffer.device != param.device:
-            return False
-        return sys.getrefcount(buffer) <= 3  # the slot, this frame, and the call itself
 
     def leaf(self, param: Tensor, m: int, k: int = 1) -> Tensor:
         """The block ``param[:m, :k]`` as a leaf of autograd's own graph.
@@ -204,12 +206,12 @@ class GradientSlot:
 class Leaf:
     """One block of a parameter that autograd sees as a leaf."""
 
-    __slots__ = ("tensor", "slot", "size", "out", "generation")
+    __slots__ = ("tensor", "slot", "m", "k", "out", "generation")
 
     def __init__(self, slot: GradientSlot, param: Tensor, m: int, k: int) -> None:
         block = param.detach()
         self.tensor = (block[:m] if block.dim() == 1 else block[:m, :k]).requires_grad_()
-        self.slot, self.size = weakref.ref(slot), (m, k)
+        self.slot, self.m, self.k = slot, m, k
         self.generation = -1
         self.tensor.register_post_accumulate_grad_hook(self.deliver)
 
@@ -217,18 +219,17 @@ class Leaf:
         """Move the block's gradient into the parameter's."""
         gradient = tensor.grad
         tensor.grad = None
-        slot = self.slot()
-        if gradient is None or slot is None:
+        if gradient is None:
             return
-        accumulate = slot._record(*self.size)
+        if gradient.requires_grad:
+            raise GradientError(IN_PLACE_TWICE)
+        slot = self.slot
+        accumulate = slot.record(self.m, self.k)
         if self.generation != slot.generation:
-            (m, k) = self.size
             assert slot.buffer is not None
             buffer = slot.buffer.data  # a view of the buffer itself would count as a user of it
-            self.out = buffer[:m] if buffer.dim() == 1 else buffer[:m, :k]
+            self.out = buffer[: self.m] if buffer.dim() == 1 else buffer[: self.m, : self.k]
             self.generation = slot.generation
-        if torch.is_grad_enabled():
-            raise GradientError(IN_PLACE_TWICE)
         if accumulate:
             self.out.add_(gradient)
         else:

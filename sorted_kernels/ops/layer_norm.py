@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
-from sorted_kernels.ops.backend import implementation, native_autograd
+from sorted_kernels.ops.backend import implementation, uses_leaves
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, prefix_leaf
 from sorted_kernels.ops.library import LIBRARY
@@ -214,6 +214,13 @@ def layer_norm(
     return run_layer_norm(x, weight, bias, eps, None, None, True)
 
 
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise what :func:`layer_norm` documents."""
+    check_input(x)
+    check_affine(x, weight, "weight")
+    check_affine(x, bias, "bias")
+
+
 def run_layer_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -224,20 +231,22 @@ def run_layer_norm(
     dense: bool,
 ) -> Tensor:
     """:func:`layer_norm` for layers, whose slots say where gradients land."""
+    if not dense and uses_leaves("layer_norm", x, x.shape[-1]):
+        k = x.shape[-1]
+        scale = None if weight is None else prefix_leaf(weight_slot, weight, k)
+        shift = None if bias is None else prefix_leaf(bias_slot, bias, k)
+        try:
+            return F.layer_norm(x, (k,), scale, shift, eps)
+        except RuntimeError:
+            check_norm(x, weight, bias)  # says what was wrong
+            raise
     x = autocast_wide(x, weight)
-    check_input(x)
-    check_affine(x, weight, "weight")
-    check_affine(x, bias, "bias")
+    check_norm(x, weight, bias)
     if is_compiling():
         if dense:
             return torch.ops.sorted_kernels.layer_norm(x, weight, bias, eps)[0]
     elif not torch.is_grad_enabled():
         return _layer_norm(x, weight, bias, eps)[0]
-    elif not dense and native_autograd("layer_norm", x, weight, x.shape[-1]):
-        k = x.shape[-1]
-        scale = None if weight is None else prefix_leaf(weight_slot, weight, k)
-        shift = None if bias is None else prefix_leaf(bias_slot, bias, k)
-        return F.layer_norm(x, (k,), scale, shift, eps)
     anchor = None
     if not dense:
         weight, bias, anchor = detached(weight), detached(bias), ANCHOR

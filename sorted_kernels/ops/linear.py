@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, OptionError, ShapeError
-from sorted_kernels.ops.backend import implementation, native_autograd
+from sorted_kernels.ops.backend import implementation, uses_leaves
 from sorted_kernels.ops.checks import (
     autocast,
     check_count,
@@ -323,6 +323,15 @@ def run_linear(
     dense: bool,
 ) -> Tensor:
     """:func:`linear` for layers, whose slots say where gradients land (``dense``: not there)."""
+    if not dense and uses_leaves("linear", x, out_features * x.shape[-1]):
+        block = prefix_leaf(weight_slot, weight, out_features, x.shape[-1])
+        shift = None if bias is None else prefix_leaf(bias_slot, bias, out_features)
+        try:
+            z = F.linear(x, block, shift)
+        except RuntimeError:
+            check_linear(x, weight, bias, out_features, activation)  # says what was wrong
+            raise
+        return z if activation == "none" else activate(z, activation)
     x = autocast(x)
     check_linear(x, weight, bias, out_features, activation)
     if is_compiling():
@@ -332,11 +341,6 @@ def run_linear(
             return op(x, weight, bias, out_features, activation, save)[0]
     elif not torch.is_grad_enabled():
         return _linear(x, weight, bias, out_features, activation, False)[0]
-    elif not dense and native_autograd("linear", x, weight, out_features * x.shape[-1]):
-        block = prefix_leaf(weight_slot, weight, out_features, x.shape[-1])
-        shift = None if bias is None else prefix_leaf(bias_slot, bias, out_features)
-        z = F.linear(x, block, shift)
-        return z if activation == "none" else activate(z, activation)
     anchor = None
     if not dense:
         weight, bias, anchor = weight.detach(), detached(bias), ANCHOR

@@ -31,6 +31,33 @@ class Bucket:
         self.bands: list[int] = []
         self.steps: list[int] = []
 
+    def add(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        names: tuple[str, ...],
+        corners: list[tuple[int, int]],
+    ) -> None:
+        """Append one parameter; trailing axes beyond the second become columns."""
+        index, begin, inner = len(self.params), 0, 1
+        states = [state[name] for name in names]
+        master = state.get("master")
+        if param.dim() > 2:
+            inner = param[0, 0].numel()
+            param, grad, *states = (t.flatten(1) for t in (param, grad, *states))
+            master = None if master is None else master.flatten(1)
+        self.params.append(param)
+        self.grads.append(grad)
+        for held, tensor in zip(self.states, states, strict=True):
+            held.append(tensor)
+        if master is not None:
+            self.masters.append(master)
+        self.steps.append(state["step"])
+        for rows, cols in reversed(corners):
+            self.bands += (index, begin, rows, cols * inner)
+            begin = rows
+
 
 class StaircaseOptimizer(torch.optim.Optimizer):
     """Base of :class:`AdamW` and :class:`SGD`: moves the staircase of each gradient, or all of it.
@@ -82,60 +109,35 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         return self.STATES
 
     def _collect(self, group: dict[str, Any]) -> Iterable[Bucket]:
-        """Gather gradients, states and bands; the inner loop of a step's host time."""
+        """Gather gradients, states and bands: the host time of a step."""
         names = self._state_names(group)
         buckets: dict[tuple[torch.device, torch.dtype, torch.dtype], Bucket] = {}
-        bucket, bucket_key = None, None
         whole = self.update == "whole"
         for param in group["params"]:
             grad = param.grad
             if grad is None:
                 continue
-            corners = None if whole else _covered(param, grad)
-            if corners is not None and not corners:
+            slot = slot_if_any(param)
+            if slot is None or grad is not slot.buffer:
+                slot, corners = None, staircase_of(param).corners
+            else:
+                corners = slot.staircase.corners
+            if whole:
+                corners = [(param.shape[0], param.shape[1] if param.dim() > 1 else 1)]
+            elif not corners:
                 continue
-            key = (param.device, param.dtype, grad.dtype)
-            if key != bucket_key:
-                bucket = buckets.setdefault(key, Bucket(len(names)))
-                bucket_key = key
-            assert bucket is not None
             state = self.state[param]
             if not state:
                 _check(param, grad)
                 self._init_state(param, state, names)
             state["step"] += 1
-            index = len(bucket.params)
-            inner = 1
-            if param.dim() > 2:
-                inner = param[0, 0].numel()
-                tensors = [t.flatten(1) for t in (param, grad, *(state[n] for n in names))]
-                bucket.params.append(tensors[0])
-                bucket.grads.append(tensors[1])
-                for held, tensor in zip(bucket.states, tensors[2:], strict=True):
-                    held.append(tensor)
-                if "master" in state:
-                    bucket.masters.append(state["master"].flatten(1))
-            else:
-                bucket.params.append(param)
-                bucket.grads.append(grad)
-                for held, name in zip(bucket.states, names, strict=True):
-                    held.append(state[name])
-                if "master" in state:
-                    bucket.masters.append(state["master"])
-            bucket.steps.append(state["step"])
-            if corners is None:
-                shape = param.shape
-                cols = shape[1] if len(shape) > 1 else 1
-                bucket.bands += (index, 0, shape[0], cols * inner)
-            else:
-                begin = 0
-                for rows, cols in reversed(corners):
-                    bucket.bands += (index, begin, rows, cols * inner)
-                    begin = rows
-            if self.clear_grads:
-                slot = slot_if_any(param)
-                if slot is not None and grad is slot.buffer:
-                    slot.cleared()
+            key = (param.device, param.dtype, grad.dtype)
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket(len(names))
+            bucket.add(param, grad, state, names, corners)
+            if self.clear_grads and slot is not None:
+                slot.cleared()
         return buckets.values()
 
     def _init_state(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -166,13 +168,6 @@ class StaircaseOptimizer(torch.optim.Optimizer):
 
 
 _DENSE = torch.contiguous_format
-
-
-def _covered(param: Tensor, grad: Tensor) -> list[tuple[int, int]]:
-    slot = slot_if_any(param)
-    if slot is not None and grad is slot.buffer:
-        return slot.staircase.corners
-    return staircase_of(param).corners
 
 
 def _check(param: Tensor, grad: Tensor) -> None:
