@@ -39,6 +39,7 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
                 memo[id(module)] = _plain_layer(module, shared)
         # Innermost lists first: copying an outer one then finds the inner ones done.
         lists = [m for m in active_modules(model) if isinstance(m, DepthContainer)]
+        blocks: DepthContainer
         for blocks in reversed(lists):
             kept = [copy.deepcopy(block, memo) for block in blocks.active_blocks()]
             kind = PLAIN[type(blocks)]

@@ -18,6 +18,24 @@ _HALF = (torch.bfloat16, torch.float16)
 _WIDE = (torch.float32, torch.float64)
 
 
+class Record:
+    """What the optimizer keeps at hand of one parameter: its slot, and its tensors as a matrix."""
+
+    __slots__ = ("param", "matrix", "inner", "state", "states", "master", "slot")
+
+    def __init__(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
+        self.param, self.state, self.slot = param, state, slot_if_any(param)
+        self.inner = param[0, 0].numel() if param.dim() > 2 else 1
+        self.matrix = as_matrix(param.detach())
+        self.states = [as_matrix(state[name]) for name in names]
+        self.master = as_matrix(state["master"]) if "master" in state else None
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Axes beyond the second joined to the columns, as a view."""
+    return tensor.flatten(1) if tensor.dim() > 2 else tensor
+
+
 class Bucket:
     """Parameters of one group that share device and dtypes, as the ops take them."""
 
@@ -30,33 +48,6 @@ class Bucket:
         self.states: list[list[Tensor]] = [[] for _ in range(state_count)]
         self.bands: list[int] = []
         self.steps: list[int] = []
-
-    def add(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        state: dict[str, Any],
-        names: tuple[str, ...],
-        corners: list[tuple[int, int]],
-    ) -> None:
-        """Append one parameter; trailing axes beyond the second become columns."""
-        index, begin, inner = len(self.params), 0, 1
-        states = [state[name] for name in names]
-        master = state.get("master")
-        if param.dim() > 2:
-            inner = param[0, 0].numel()
-            param, grad, *states = (t.flatten(1) for t in (param, grad, *states))
-            master = None if master is None else master.flatten(1)
-        self.params.append(param)
-        self.grads.append(grad)
-        for held, tensor in zip(self.states, states, strict=True):
-            held.append(tensor)
-        if master is not None:
-            self.masters.append(master)
-        self.steps.append(state["step"])
-        for rows, cols in reversed(corners):
-            self.bands += (index, begin, rows, cols * inner)
-            begin = rows
 
 
 class StaircaseOptimizer(torch.optim.Optimizer):
@@ -80,6 +71,7 @@ class StaircaseOptimizer(torch.optim.Optimizer):
             if not defaults[name] >= 0:
                 raise OptionError(f"{name}={defaults[name]!r} must be at least 0")
         self.update, self.clear_grads = update, clear_grads
+        self._records: dict[Tensor, Record] = {}
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -112,33 +104,50 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         """Gather gradients, states and bands: the host time of a step."""
         names = self._state_names(group)
         buckets: dict[tuple[torch.device, torch.dtype, torch.dtype], Bucket] = {}
-        whole = self.update == "whole"
+        bucket, bucket_key = Bucket(len(names)), None
         for param in group["params"]:
             grad = param.grad
             if grad is None:
                 continue
-            slot = slot_if_any(param)
-            if slot is None or grad is not slot.buffer:
-                slot, corners = None, staircase_of(param).corners
-            else:
-                corners = slot.staircase.corners
-            if whole:
+            record = self._records.get(param)
+            if record is None or record.matrix.data_ptr() != param.data_ptr():
+                record = self._make_record(param, grad, names)
+            slot = record.slot
+            if slot is not None and grad is not slot.buffer:
+                slot = None  # this gradient came another way
+            if self.update == "whole":
                 corners = [(param.shape[0], param.shape[1] if param.dim() > 1 else 1)]
-            elif not corners:
-                continue
-            state = self.state[param]
-            if not state:
-                _check(param, grad)
-                self._init_state(param, state, names)
-            state["step"] += 1
+            else:
+                corners = (slot.staircase if slot is not None else staircase_of(param)).corners
+                if not corners:
+                    continue
             key = (param.device, param.dtype, grad.dtype)
-            bucket = buckets.get(key)
-            if bucket is None:
-                bucket = buckets[key] = Bucket(len(names))
-            bucket.add(param, grad, state, names, corners)
+            if key != bucket_key:
+                bucket_key = key
+                bucket = buckets.setdefault(key, Bucket(len(names)))
+            index, begin, inner = len(bucket.params), 0, record.inner
+            bucket.params.append(record.matrix)
+            bucket.grads.append(grad if inner == 1 else as_matrix(grad))
+            for held, tensor in zip(bucket.states, record.states):  # noqa: B905  (hot loop)
+                held.append(tensor)
+            if record.master is not None:
+                bucket.masters.append(record.master)
+            step = record.state["step"] = record.state["step"] + 1
+            bucket.steps.append(step)
+            for rows, cols in reversed(corners):
+                bucket.bands += (index, begin, rows, cols * inner)
+                begin = rows
             if self.clear_grads and slot is not None:
                 slot.cleared()
         return buckets.values()
+
+    def _make_record(self, param: Tensor, grad: Tensor, names: tuple[str, ...]) -> Record:
+        state = self.state[param]
+        if not state:
+            _check(param, grad)
+            self._init_state(param, state, names)
+        record = self._records[param] = Record(param, state, names)
+        return record
 
     def _init_state(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
         state["step"] = 0
@@ -155,9 +164,20 @@ class StaircaseOptimizer(torch.optim.Optimizer):
                 if param.grad is not None:
                     zero_gradient(param, set_to_none)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch keeps of an optimizer, and this one's options."""
+        return {
+            **super().__getstate__(), "update": self.update, "clear_grads": self.clear_grads
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._records = {}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; float32 states and masters of half-precision parameters stay float32."""
         super().load_state_dict(state_dict)
+        self._records.clear()
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for key, param in zip(keys, params, strict=True):
