@@ -70,8 +70,10 @@ def active_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
         if id(current) in seen:
             return
         seen[id(current)] = current
-        deep = isinstance(current, DepthContainer)
-        for child in current.active_blocks() if deep else list(current.children()):
+        inner = current.children()
+        if isinstance(current, DepthContainer):
+            inner = iter(current.active_blocks())
+        for child in inner:
             visit(child)
 
     visit(module)

@@ -46,8 +46,8 @@ class GradientSlot:
     """
 
     __slots__ = (
-        "handle", "param", "token", "buffer", "generation", "staircase", "expected", "hooked",
-        "leaves", "pointer", "__weakref__",
+        "handle", "param", "token", "buffer", "raw", "version", "generation", "staircase",
+        "expected", "hooked", "leaves", "pointer", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -56,6 +56,8 @@ class GradientSlot:
         # neither dropped nor reordered, while the buffer can be attached lazily at run time.
         self.token = torch.zeros(1)
         self.buffer: Tensor | None = None
+        self.raw: Tensor | None = None
+        self.version = 0  # the buffer's version counter when it was last looked at
         self.generation = 0  # goes up when another tensor becomes the buffer
         self.leaves: dict[tuple[int, int], Leaf] = {}
         self.pointer = 0
@@ -92,9 +94,13 @@ class GradientSlot:
             The view, and whether to add to it (True) or to overwrite it (False).
         """
         accumulate = self.record(m, k)
-        buffer = self.buffer
-        assert buffer is not None
-        return (buffer[:m] if buffer.dim() == 1 else buffer[:m, :k]), accumulate
+        return self.block(m, k), accumulate
+
+    def block(self, m: int, k: int) -> Tensor:
+        """The view ``buffer[:m, :k]`` for writing."""
+        raw = self.raw
+        assert raw is not None
+        return raw[:m] if raw.dim() == 1 else raw[:m, :k]
 
     def record(self, m: int, k: int) -> bool:
         """Attach the buffer and cover ``[:m, :k]``; whether its old contents count."""
@@ -114,12 +120,10 @@ class GradientSlot:
             self._watch(param)
             self._adopt(grad)
             self.staircase.cover_all()
-            return True
-        if self.staircase.corners:
-            self.staircase.add(m, k)
-            return True
-        self.staircase.corners = [(m, k)]
-        return False
+        self.version = grad._version
+        accumulate = bool(self.staircase.corners)
+        self.staircase.add(m, k)
+        return accumulate
 
     def _attach(self, param: Tensor, m: int, k: int) -> None:
         """Make the buffer ``param.grad``, zero outside ``[:m, :k]``."""
@@ -132,16 +136,22 @@ class GradientSlot:
         ):
             for rows, cols in self.staircase.corners:
                 if rows > m or cols > k:
-                    _clear_outside(buffer, self.staircase, m, k)
+                    _clear_outside(self.raw, self.staircase, m, k)
                     break
         else:
             self._watch(param)
             buffer = torch.zeros_like(param, memory_format=torch.contiguous_format)
             self._adopt(buffer)
         param.grad = buffer
+        self.version = buffer._version
 
-    def _adopt(self, buffer: Tensor | None) -> None:
-        self.buffer = buffer
+    def _adopt(self, buffer: Tensor) -> None:
+        """Take a tensor as the buffer.
+
+        Writes go through an alias with a version counter of its own. So the buffer's counter moves
+        only when somebody else writes, and views of the alias are not mistaken for users.
+        """
+        self.buffer, self.raw = buffer, buffer.data
         self.generation += 1
 
     def leaf(self, param: Tensor, m: int, k: int = 1) -> Tensor:
@@ -173,11 +183,15 @@ class GradientSlot:
             param.register_post_accumulate_grad_hook(self._accumulated)
 
     def _accumulated(self, param: Tensor) -> None:
-        if param.grad is None:
+        grad = param.grad
+        if grad is None:
             return
-        if param.grad is not self.buffer:
-            self._adopt(param.grad)
+        if grad is not self.buffer:
+            self._adopt(grad)
             self.staircase.clear()
+        elif grad._version == self.version:
+            return  # autograd had nothing to add: a compiled graph's backward ends this way
+        self.version = grad._version
         if self.expected:
             self.staircase.update(self.expected)
             self.expected.clear()
@@ -199,7 +213,7 @@ class GradientSlot:
         if set_to_none:
             param.grad = None
         else:
-            _clear_outside(param.grad, self.staircase, 0, 0)
+            _clear_outside(self.raw, self.staircase, 0, 0)
             self.staircase.clear()
 
 
@@ -226,9 +240,7 @@ class Leaf:
         slot = self.slot
         accumulate = slot.record(self.m, self.k)
         if self.generation != slot.generation:
-            assert slot.buffer is not None
-            buffer = slot.buffer.data  # a view of the buffer itself would count as a user of it
-            self.out = buffer[: self.m] if buffer.dim() == 1 else buffer[: self.m, : self.k]
+            self.out = slot.block(self.m, self.k)
             self.generation = slot.generation
         if accumulate:
             self.out.add_(gradient)
@@ -236,8 +248,9 @@ class Leaf:
             self.out.copy_(gradient)
 
 
-def _clear_outside(buffer: Tensor, staircase: Staircase, m: int, k: int) -> None:
+def _clear_outside(buffer: Tensor | None, staircase: Staircase, m: int, k: int) -> None:
     """Zero what the staircase covers outside ``[:m, :k]``."""
+    assert buffer is not None
     with torch.no_grad():
         for begin, end, cols in staircase.bands():
             if buffer.dim() == 1:
