@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,10 @@ class Digits:
 
         Args:
             batch_size: Rows a batch.
-            augment: Move each image by up to one pixel, anew every time it is read.
-            seed: Seed of the order and of the moves.
+            augment: Turn, move and scale each image a little, anew every time it is read.
+            seed: Seed of the order and of the augmentation.
         """
-        transform = self._shift if augment else None
+        transform = self._jitter if augment else None
         return Batches(
             self.train_inputs, self.train_targets, batch_size, seed=seed, transform=transform
         )
@@ -50,25 +51,29 @@ class Digits:
         """The test rows, in order and unchanged."""
         return Batches(self.test_inputs, self.test_targets, batch_size, shuffle=False)
 
-    def _shift(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        return shift_images(inputs, generator, self.background)
+    def _jitter(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        return jitter_images(inputs, generator, self.background)
 
 
-def shift_images(inputs: Tensor, generator: torch.Generator, background: float) -> Tensor:
-    """Move each 8 x 8 image by -1, 0 or 1 pixels along each axis; ``(n, 64) -> (n, 64)``.
+def jitter_images(inputs: Tensor, generator: torch.Generator, background: float) -> Tensor:
+    """Turn, move and scale each 8 x 8 image a little; ``(n, 64) -> (n, 64)``.
+
+    Up to 15 degrees, 0.7 pixels along each axis and 10 percent, drawn uniformly.
 
     Args:
         inputs: Images, row by row.
-        generator: Source of the moves.
-        background: Value of the pixels that come in at the edge.
+        generator: Source of the draws.
+        background: Value of what comes in at the edges.
     """
     rows = len(inputs)
-    moves = torch.randint(0, 3, (2, rows, 1), generator=generator)
-    window = torch.arange(_SIDE)
-    vertical, horizontal = moves + window  # each (n, 8), indices into the padded image
-    images = F.pad(inputs.view(rows, _SIDE, _SIDE), (1, 1, 1, 1), value=background)
-    picked = torch.arange(rows)[:, None, None], vertical[:, :, None], horizontal[:, None, :]
-    return images[tuple(index.to(inputs.device) for index in picked)].reshape(rows, -1)
+    draws = (2.0 * torch.rand(4, rows, generator=generator) - 1.0).to(inputs)
+    angle, zoom = draws[0] * math.radians(15.0), 1.0 / (1.0 + 0.1 * draws[1])
+    across, down = draws[2:] * (0.7 * 2.0 / _SIDE)  # the grid's coordinates span 2
+    cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    maps = torch.stack([cosine, -sine, across, sine, cosine, down], dim=1).view(rows, 2, 3)
+    grid = F.affine_grid(maps, [rows, 1, _SIDE, _SIDE], align_corners=False)
+    images = inputs.view(rows, 1, _SIDE, _SIDE) - background  # outside the image is zero
+    return (F.grid_sample(images, grid, align_corners=False) + background).view(rows, -1)
 
 
 def digits(test_fraction: float = 0.25, seed: int = 0) -> Digits:

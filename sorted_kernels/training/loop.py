@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sorted_kernels.errors import OptionError
-from sorted_kernels.nn.activation import activate, current
+from sorted_kernels.nn.activation import activate, current, dimensions
 from sorted_kernels.optim import clip_grad_norm_
 from sorted_kernels.training import random_state
 from sorted_kernels.training.progress import Progress
@@ -145,14 +145,16 @@ def fit(
 def _record(state: TrainingState, evaluate: Evaluate, lr: float) -> None:
     """Evaluate without a trace on the training, and add what came out to the history."""
     model, history = state.model, state.history
-    before, submodel = random_state.snapshot(), current(model)
+    before = random_state.snapshot()
+    submodel = current(model) if dimensions(model) else None
     model.eval()
     try:
         with torch.no_grad():
             metrics = {name: _plain(value) for name, value in evaluate(model, state.step).items()}
     finally:
         model.train()
-        activate(model, submodel)
+        if submodel is not None:
+            activate(model, submodel)
         random_state.restore(before)
     try:
         json.dumps(metrics)
