@@ -23,7 +23,9 @@ def hand_written_gradients(model, weighted_losses):
     params = leaves(model)
     total = weighted_losses(params)
     total.backward()
-    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()}
+    return {
+        name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()
+    }
 
 
 def label_loss(params, submodel):

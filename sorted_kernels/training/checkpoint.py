@@ -29,6 +29,7 @@ FORMAT, VERSION = "sorted_kernels.checkpoint", 1
 _TENSORS, _STATE, _SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 _STEP = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".tmp-"
+_PARTS = ("model", "optimizer", "scheduler", "objective", "random_state", "extra")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def save_checkpoint(
     }  # alive until the tensors are written: the encoder knows them by their address
     if optimizer is not None:
         parts["optimizer"]["shapes"] = _group_shapes(optimizer)
-    state = {name: encoder.encode(part, name) for name, part in parts.items()}
+    state = {name: encoder.encode(parts[name], name) for name in _PARTS}
     head = {"format": FORMAT, "version": VERSION, "step": step, "dimensions": dimensions(model)}
     try:
         _write(directory, target, encoder.tensors, {**head, **state})
@@ -262,6 +263,9 @@ def _read(path: Path) -> dict[str, Any]:
                 f"{path / _STATE} has format version {encoded.get('version')!r}; "
                 f"this release reads {VERSION}"
             )
+        for part in ("step", "dimensions", *_PARTS):
+            if part not in encoded:
+                raise CheckpointError(f"{path / _STATE} has no entry {part!r}")
         return decode(encoded, load_file(path / _TENSORS))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a checkpoint: {error.filename} is missing") from error

@@ -76,7 +76,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Undo :meth:`Encoder.encode`.
 
     Raises:
-        CheckpointError: A tensor that the JSON names is not among ``tensors``.
+        LookupError: A tensor that the JSON names is not among ``tensors``.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
@@ -86,7 +86,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         try:
             return tensors[value[_TENSOR]]
         except KeyError:
-            raise CheckpointError(f"tensor {value[_TENSOR]!r} is missing") from None
+            raise LookupError(f"tensor {value[_TENSOR]!r} is missing") from None
     if set(value) == {_TUPLE}:
         return tuple(decode(value[_TUPLE], tensors))
     if set(value) == {_MAP}:

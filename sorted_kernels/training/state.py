@@ -106,9 +106,10 @@ class TrainingState:
                 "resume, or name a directory without checkpoints"
             )
         checkpoint = load_checkpoint(latest, **self.parts)
+        extra = checkpoint.extra
+        if not {"cursor", "losses", "records"} <= extra.keys():
+            raise CheckpointError(f"{latest} was not written by fit: its place in the data is lost")
         self.step = self._saved_step = checkpoint.step
-        self._history = History(
-            checkpoint.extra["losses"].tolist(), list(checkpoint.extra["records"])
-        )
-        self.cursor.load_state_dict(checkpoint.extra["cursor"])
+        self._history = History(extra["losses"].tolist(), extra["records"])
+        self.cursor.load_state_dict(extra["cursor"])
         random_state.restore(checkpoint.random_state)
