@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sorted_kernels import SubmodelSpace
 from sorted_kernels.data import Batches
+from sorted_kernels.optim import SGD, AdamW
 from sorted_kernels.training import (
     Sandwich,
     Stochastic,
@@ -46,8 +47,10 @@ LOADERS = {
 }
 OBJECTIVES = {"stochastic": Stochastic, "summation": StochasticSummation, "sandwich": Sandwich}
 OPTIMIZERS = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p: AdamW(p, lr=0.01),
+    "adamw-whole": lambda p: AdamW(p, lr=0.01, update="whole"),
+    "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "torch-adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
 
 
@@ -85,8 +88,8 @@ def train(directory, steps, seed, loader, objective, optimizer):
     [
         ("batches", "stochastic", "adamw"),
         ("dataloader", "stochastic", "sgd"),
-        ("dataloader-global", "summation", "adamw"),
-        ("batches", "sandwich", "sgd"),
+        ("dataloader-global", "summation", "torch-adamw"),
+        ("batches", "sandwich", "adamw-whole"),
     ],
 )
 def test_resumed_training_is_bitwise_the_uninterrupted_one(loader, objective, optimizer, tmp_path):

@@ -22,6 +22,7 @@ from sorted_kernels import Submodel, SubmodelSpace
 from sorted_kernels.data import Batches
 from sorted_kernels.errors import CheckpointError, DimensionError, OptionError
 from sorted_kernels.nn import activate, current
+from sorted_kernels.optim import AdamW
 from sorted_kernels.training import Stochastic, cosine, fit, latest_checkpoint, save_checkpoint
 
 SPACE = SubmodelSpace(width=[3, 8, 16], depth=[1, 2, 3])
@@ -133,7 +134,8 @@ def test_gradient_norm_is_clipped():
 
 
 def test_only_what_was_drawn_moves():
-    model, _, loader, optimizer = pieces()
+    model, _, loader, _ = pieces()
+    optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     before = weights_of(model)
     only = Stochastic(SubmodelSpace.of([Submodel(width=3, depth=1)]))
     fit(model, only, loader, optimizer, steps=3, progress=False)

@@ -16,13 +16,14 @@ from support.training import Net, random_data  # noqa: E402
 
 from sorted_kernels import SubmodelSpace  # noqa: E402
 from sorted_kernels.data import Batches  # noqa: E402
+from sorted_kernels.optim import AdamW  # noqa: E402
 from sorted_kernels.training import Stochastic, cosine, fit  # noqa: E402
 
 
 def main(directory: str, steps: int) -> None:
     torch.set_num_threads(1)
     model = Net(dropout=0.2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = AdamW(model.parameters(), lr=0.01)
     fit(
         model,
         Stochastic(SubmodelSpace(width=[3, 8, 16], depth=[1, 2, 3])),
