@@ -104,7 +104,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(loader, objective, op
 
 
 SCRIPT = Path(__file__).parent / "support" / "train_until_killed.py"
-STEPS = 250
+STEPS = 160
 
 
 def start(directory):
@@ -116,9 +116,9 @@ def start(directory):
 def test_training_killed_again_and_again_ends_with_the_same_weights(tmp_path):
     straight = start(tmp_path / "straight").communicate()[0].splitlines()[-1]
     dice, directory, reached = random.Random(0), tmp_path / "killed", 0
-    for _ in range(5):
+    for _ in range(4):
         process = start(directory)
-        for _ in range(dice.randint(1, 20)):
+        for _ in range(dice.randint(1, 12)):
             reached = int(process.stdout.readline().split()[1])
         with contextlib.suppress(subprocess.TimeoutExpired):  # a little later: any moment of a step
             process.wait(timeout=dice.uniform(0.0, 0.02))
