@@ -12,12 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from support.training import Net, random_data  # noqa: E402
 
 from sorted_kernels import SubmodelSpace  # noqa: E402
 from sorted_kernels.data import Batches  # noqa: E402
 from sorted_kernels.optim import AdamW  # noqa: E402
 from sorted_kernels.training import Stochastic, cosine, fit  # noqa: E402
+from support.training import Net, random_data  # noqa: E402
 
 
 def main(directory: str, steps: int) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sorted_kernels.models.elasticize import PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
@@ -108,7 +107,9 @@ def count_flops(
         submodel: The sub-model to count.
         input_shape: Shape of the input, batch axis included (float32 then), or an example input.
     """
+    # Imported here: the counter brings Triton along, which takes a second.
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
