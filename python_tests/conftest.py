@@ -1,4 +1,4 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, seeds, the device that tests run on."""
+"""Shared set-up: Triton's interpreter where there is no GPU, seeds, and the device of the tests."""
 
 import os
 

@@ -1,6 +1,6 @@
 """One set of weights, every network in it, each at its own cost."""
 
-from sorted_kernels import nn, optim
+from sorted_kernels import nn, optim, training
 from sorted_kernels.errors import (
     CheckpointError,
     DependencyError,
@@ -48,5 +48,6 @@ __all__ = [
     "linear",
     "nn",
     "optim",
+    "training",
     "rms_norm",
 ]

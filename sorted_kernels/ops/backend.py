@@ -87,9 +87,9 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
-LEAF_ELEMENTS = 1 << 17
+LEAF_ELEMENTS = 1 << 15
 """Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
-node that writes the prefix itself (512 KiB of float32: the copy stays in the L2 cache)."""
+node that writes the prefix itself (128 KiB of float32: the copy stays in the cache)."""
 
 
 def uses_leaves(op: str, x: Tensor, block: int) -> bool:

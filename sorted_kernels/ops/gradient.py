@@ -13,6 +13,7 @@ import copy
 import itertools
 import sys
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,39 +203,43 @@ class GradientSlot:
         """Take note that the covered part of the gradient is being zeroed by somebody else."""
         self.staircase.clear()
 
-    def zero(self, set_to_none: bool) -> None:
-        """Clear the gradient: at once where the staircase is, or lazily by detaching it."""
+    def zero(self) -> None:
+        """Zero the gradient where the staircase is."""
         param = self.param()
         if param is None or param.grad is None:
             return
         if param.grad is not self.buffer:
             self._adopt(param.grad)
             self.staircase.cover_all()
-        if set_to_none:
-            param.grad = None
-        else:
-            _clear_outside(self.raw, self.staircase, 0, 0)
-            self.staircase.clear()
+        _clear_outside(self.raw, self.staircase, 0, 0)
+        self.staircase.clear()
 
 
 class Leaf:
-    """One block of a parameter that autograd sees as a leaf."""
+    """One block of a parameter that autograd sees as a leaf, whose gradient goes to the slot.
 
-    __slots__ = ("tensor", "slot", "m", "k", "out", "generation")
+    A hook before the leaf's accumulation takes the gradient and passes nothing on: autograd would
+    first clone it, since the gradient of a strided block comes out of a matrix product transposed.
+    """
+
+    __slots__ = ("tensor", "slot", "m", "k", "node", "out", "generation")
 
     def __init__(self, slot: GradientSlot, param: Tensor, m: int, k: int) -> None:
         block = param.detach()
         self.tensor = (block[:m] if block.dim() == 1 else block[:m, :k]).requires_grad_()
         self.slot, self.m, self.k = slot, m, k
         self.generation = -1
-        self.tensor.register_post_accumulate_grad_hook(self.deliver)
+        with torch.enable_grad():
+            # Held, because a leaf keeps its accumulation node, and so the hook, only weakly.
+            edge: Any = self.tensor.view_as(self.tensor).grad_fn
+            self.node = edge.next_functions[0][0]
+        self.node.register_prehook(self.deliver)
 
-    def deliver(self, tensor: Tensor) -> None:
+    def deliver(self, gradients: tuple[Tensor | None]) -> tuple[None]:
         """Move the block's gradient into the parameter's."""
-        gradient = tensor.grad
-        tensor.grad = None
+        gradient = gradients[0]
         if gradient is None:
-            return
+            return (None,)
         if gradient.requires_grad:
             raise GradientError(IN_PLACE_TWICE)
         slot = self.slot
@@ -246,6 +251,7 @@ class Leaf:
             self.out.add_(gradient)
         else:
             self.out.copy_(gradient)
+        return (None,)
 
 
 def _clear_outside(buffer: Tensor | None, staircase: Staircase, m: int, k: int) -> None:
@@ -318,16 +324,13 @@ def staircase_of(param: Tensor) -> Staircase:
     return whole
 
 
-def zero_gradient(param: Tensor, set_to_none: bool = True) -> None:
-    """Clear one parameter's gradient at the cost of its staircase (or none: ``set_to_none``)."""
+def zero_gradient(param: Tensor) -> None:
+    """Zero one parameter's gradient, at the cost of its staircase."""
     slot = _by_param.get(id(param))
     if slot is not None:
-        slot.zero(set_to_none)
+        slot.zero()
     elif param.grad is not None:
-        if set_to_none:
-            param.grad = None
-        else:
-            param.grad.zero_()
+        param.grad.zero_()
 
 
 LIBRARY.define("accumulate_prefix(Tensor gradient, Tensor(a!) token, SymInt handle) -> ()")

@@ -161,8 +161,10 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         """Clear the gradients at the cost of their staircases (at none when set to None)."""
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    zero_gradient(param, set_to_none)
+                if set_to_none:  # the slot clears its buffer when it is written next
+                    param.grad = None
+                elif param.grad is not None:
+                    zero_gradient(param)
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch keeps of an optimizer, and this one's options."""
