@@ -350,6 +350,32 @@ def test_all_compiled_implementations_give_the_same_bits(dtypes):
         assert all(map(torch.equal, first, other)), implementation
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+def test_every_half_precision_value_converts_as_in_torch(implementation, dtype):
+    """All 65536 gradients widen exactly; masters at, between and beyond them round to even."""
+    run = runner("run_sgd", implementation)
+    grads = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    lower, upper = grads.float(), (grads.view(torch.int16) + 1).view(dtype).float()
+    between = ((lower.double() + upper.double()) / 2).float()
+    masters = torch.cat([lower, between, torch.nextafter(between, upper), -between])
+    bands = [0, 0, len(masters), 1]
+
+    def step(grads, masters, lr):
+        problem = Problem(dtype, dtype, bands)
+        params = torch.zeros(len(masters), dtype=dtype)
+        options = dict(SGD_OPTIONS, lr=lr, momentum=0.0, weight_decay=0.0)
+        flags = dict(nesterov=False, maximize=False, clear_grads=False)
+        run(problem, [[params], [grads], [], [masters]], **options, **flags)
+        return params
+
+    rounded = step(torch.zeros(len(masters), dtype=dtype), masters, lr=0.0)
+    torch.testing.assert_close(rounded, masters.to(dtype), rtol=0, atol=0, equal_nan=True)
+    moved = torch.zeros(len(masters))
+    step(grads.repeat(4), moved, lr=-1.0)
+    torch.testing.assert_close(moved, lower.repeat(4), rtol=0, atol=0, equal_nan=True)
+
+
 def test_contiguous_copy_gives_the_same_bits_as_a_view():
     big = [torch.randn(40, 60) for _ in range(2)] + [torch.zeros(40, 60) for _ in range(2)]
     small = [t[:33, :47].clone() for t in big]
@@ -378,7 +404,8 @@ def test_large_uneven_call_is_complete_on_any_number_of_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        params = [torch.ones(n, m) for n, m in [(700, 300), (1, 1), (3, 70000), (129, 511)] * 3]
+        shapes = [(700, 300), (1, 1), (3, 70000), (129, 511), (1, 1)]
+        params = [torch.ones(shape) for shape in shapes * 3]
         grads = [torch.ones_like(p) for p in params]
         bands = [x for i, p in enumerate(params) for x in (i, 0, p.shape[0], p.shape[1])]
         SGD(params, grads, [], [], bands, 0.5, 0.0, 0.0, False, False, True)
