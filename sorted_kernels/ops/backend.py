@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
@@ -84,6 +85,21 @@ def choose(op: str, device_type: str) -> Choice:
 @functools.cache
 def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
+
+
+LEAF_ELEMENTS = 1 << 17
+"""Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
+node that writes the prefix itself (512 KiB of float32: the copy stays in the L2 cache)."""
+
+
+def uses_leaves(op: str, x: Tensor, block: int) -> bool:
+    """Whether a layer leaves an op to autograd's own nodes: small block, no kernel of ours."""
+    return (
+        block <= LEAF_ELEMENTS
+        and not is_compiling()
+        and torch.is_grad_enabled()
+        and implementation(op, x) is _reference(op)
+    )
 
 
 _reference_only = False
