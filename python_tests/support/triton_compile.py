@@ -7,6 +7,7 @@ compiled has exactly the argument types, flags and tilings that a launch on a GP
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -57,25 +59,36 @@ _PATTERNS = {
 
 def compile_kernels(capability: int, dtypes: tuple[str, ...] = DTYPES) -> list[CompiledKernel]:
     """Compile all cases for sm_``capability`` in a process of its own."""
+    rows = json.loads(_run_alone("kernels", str(capability), *dtypes))
+    return [CompiledKernel(**row) for row in rows]
+
+
+def count_variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
+    """How often each matrix kernel is compiled when linear runs with these sizes (N, m, k)."""
+    return json.loads(_run_alone("variants", json.dumps(sizes)))
+
+
+def _run_alone(*arguments: str) -> str:
+    """Run this file where the interpreter is off; what it printed."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, __file__, str(capability), *dtypes]
+    command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
-        raise RuntimeError(f"compilation for sm_{capability} failed:\n{done.stderr[-4000:]}")
-    return [CompiledKernel(**row) for row in json.loads(done.stdout)]
+        raise RuntimeError(f"{arguments} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
-def _gemm_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
-    """Every tiling of the tables; odd sizes for the one that most shapes get."""
+def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]]:
+    """Every tiling that the architecture gets, for aligned and for odd sizes."""
     import torch
 
-    from sorted_kernels.triton import gemm_config, linear
+    from sorted_kernels.triton import gemm_config, launch, linear
 
-    configs = (
-        gemm_config.FLOAT_CONFIGS if dtype == torch.float32 else gemm_config.HALF_CONFIGS
-    )
+    memory = SHARED_MEMORY[capability]
+    limits = launch.DeviceLimits(1, memory, large_tiles=capability == 90)
+    configs = gemm_config.FLOAT_CONFIGS if dtype == torch.float32 else gemm_config.HALF_CONFIGS
     weight, bias = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, dtype=dtype)
 
     def run(function, config, m, k):
@@ -90,7 +103,12 @@ def _gemm_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     cases = []
     for config in configs:
         tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-        for m, k in [(128, 64)] + [(127, 65)] * (config is configs[1]):
+        for m, k in [(128, 64), (127, 65)]:
+            if not gemm_config.config_supports(config, dtype, limits, m % 16 == k % 16 == 0):
+                continue
+            if dtype == torch.float32 and config is configs[1] and m == 128:
+                fast = dataclasses.replace(config, input_precision="tf32")
+                cases.append((f"forward {tile} tf32", lambda c=fast: run("forward", c, 128, 64)))
             for function in ("forward", "dgrad", "wgrad"):
                 label = f"{function} {tile} {'odd' if m % 2 else 'aligned'}"
                 cases.append((label, lambda f=function, c=config, m=m, k=k: run(f, c, m, k)))
@@ -130,7 +148,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     cases = []
     for function, widths in (
         (layer, (63, 768, 8192, 16384)),
-        (rms, (8192, 16384)),
+        (rms, (64, 8192, 16384)),
         (sums, (63, 64)),
         (lookup, (63, 768)),
     ):
@@ -172,33 +190,64 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
-def _compile_all(capability: int, dtypes: list[str]) -> list[CompiledKernel]:
-    import torch
+def _compile_instead_of_launching(capability: int, seen: Callable[..., None]) -> None:
+    """Make launches compile, and hand the kernel's name and what became of it to ``seen``."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     driver.set_active(_TargetDriver(capability))
-    run, label, rows = JITFunction.run, "", {}
+    run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seen(self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+
+
+def _kernels(capability: int, dtypes: list[str]) -> list[dict]:
+    import torch
+
+    rows: dict[str, CompiledKernel] = {}
+    label, dtype_name = "", ""
+
+    def seen(name, kernel):
         if kernel.hash in rows:
             return
         registers, stack = _resources(kernel.asm["cubin"])
-        found = [name for name, text in _PATTERNS.items() if re.search(text, kernel.asm["ptx"])]
+        found = [key for key, text in _PATTERNS.items() if re.search(text, kernel.asm["ptx"])]
         rows[kernel.hash] = CompiledKernel(
-            self.fn.__name__, label, name, registers, stack,
+            name, label, dtype_name, registers, stack,
             kernel.metadata.shared, kernel.metadata.num_warps, found,
         )  # fmt: skip
 
-    JITFunction.run = compile_only
-    for name in dtypes:
-        dtype = getattr(torch, name)
-        for label, call in _gemm_cases(dtype) + _row_cases(dtype):  # noqa: B007
+    _compile_instead_of_launching(capability, seen)
+    for dtype_name in dtypes:
+        dtype = getattr(torch, dtype_name)
+        for label, call in _gemm_cases(dtype, capability) + _row_cases(dtype):  # noqa: B007
             call()
-    return list(rows.values())
+    return [asdict(row) for row in rows.values()]
+
+
+def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
+    import torch
+
+    from sorted_kernels.triton import gemm_config, linear
+
+    hashes: dict[str, set[str]] = {}
+    _compile_instead_of_launching(
+        90, lambda name, kernel: hashes.setdefault(name, set()).add(kernel.hash)
+    )
+    weight, x, dy = torch.zeros(3, 256, 256, dtype=torch.bfloat16)
+    for n, m, k in sizes:
+        config = gemm_config.HALF_CONFIGS[2]
+        linear.linear(x[:n, :k], weight, None, m, "none", False, config=config)
+        linear.linear_dgrad(dy[:n, :m], weight, k, config=config)
+        linear.linear_wgrad_into(dy[:n, :m], x[:n, :k], weight[:m, :k], True, config=config)
+    return {name: len(variants) for name, variants in hashes.items()}
 
 
 if __name__ == "__main__":
-    compiled = _compile_all(int(sys.argv[1]), sys.argv[2:])
-    print(json.dumps([asdict(kernel) for kernel in compiled]))
+    if sys.argv[1] == "kernels":
+        print(json.dumps(_kernels(int(sys.argv[2]), sys.argv[3:])))
+    else:
+        print(json.dumps(_variants(json.loads(sys.argv[2]))))

@@ -27,7 +27,7 @@ def _column_sum_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """out[split] (+)= sum of one split's rows of src; out is (splits, n_cols), dense."""
+    """Sum one split's rows: ``out[split] (+)= sum``; out (splits, n_cols) is dense."""
     n_cols = known_multiple(n_cols, ALIGNED)
     split = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)

@@ -22,20 +22,19 @@ def known_multiple(size, ALIGNED: tl.constexpr):
 
 @triton.jit
 def multiply_add(acc, a, b, PRECISION: tl.constexpr):
-    """``acc + a @ b.T``: a (M, K), b (N, K), acc (M, N) in float32."""
+    """``acc + a @ b``, acc in float32."""
     if _INTERPRETED:
         # The product of two bfloat16 or float16 numbers is exact in float32.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def narrow(value, like_ptr):
     """``value``, in float32, rounded to nearest even in the type that ``like_ptr`` points to."""
-    if _INTERPRETED:
-        if like_ptr.dtype.element_ty == tl.bfloat16:
-            bits = value.to(tl.int32, bitcast=True)
-            bits += 0x7FFF + ((bits >> 16) & 1)
-            value = (bits & -0x10000).to(tl.float32, bitcast=True)
+    if _INTERPRETED and like_ptr.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & -0x10000).to(tl.float32, bitcast=True)
     return value.to(like_ptr.dtype.element_ty)

@@ -29,7 +29,7 @@ def _embedding_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """y (n, k), dense, = weight[indices, :k]."""
+    """Gather ``y = weight[indices, :k]``; y (n, k) is dense."""
     features = known_multiple(features, ALIGNED)
     places = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -61,7 +61,7 @@ def _embedding_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """out[i, :k] (+)= sum of dy over one run of equal sorted indices.
+    """Add up dy over one run of equal sorted indices i: ``out[i, :k] (+)= sum``.
 
     One program for each sorted place and column block; only those at the start of a run work, so
     one program writes a row and the order of its sum is fixed. Nothing is read back to the host.

@@ -1,8 +1,8 @@
 """Device functions of the matrix kernels: tile order, main loop, output tile.
 
-Every product here is ``C[i, j] = sum over r of A(i, r) B(j, r)``, and each operand is one of two
-kinds. *Reduction inner*: r is the dense axis in memory (x and W in the forward pass). *Outer inner*:
-i or j is (W in dgrad; dy and x in wgrad). Nothing outside the operands' extents is ever read.
+Every product here is ``C[i, j] = sum over r of A(i, r) B(j, r)``. An operand is *inner* when r is
+its dense axis in memory (x and W in the forward pass, dy in dgrad), else its other axis is dense (W
+in dgrad, dy and x in wgrad). Nothing outside the operands' extents is ever read.
 """
 
 from __future__ import annotations
@@ -35,61 +35,77 @@ def _operand(
     stride,
     start,
     extent,
-    REDUCTION_INNER: tl.constexpr,
+    first,
+    OUTER_AXIS: tl.constexpr,
+    INNER: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Pointers (BLOCK, BLOCK_K) of the first step, and the distance to the next step."""
-    outer = start + tl.arange(0, BLOCK)
-    reduction = tl.arange(0, BLOCK_K)
+    """Pointers and mask of an operand's tile at reduction index ``first``, and how far a step goes.
+
+    The outer index (i or j) runs along OUTER_AXIS of the tile: 0 for A, 1 for B.
+    """
+    outer = tl.expand_dims(start + tl.arange(0, BLOCK), 1 - OUTER_AXIS)
+    reduction = tl.expand_dims(first + tl.arange(0, STEP), OUTER_AXIS)
     wide_stride = tl.cast(stride, tl.int64)
-    if REDUCTION_INNER:
+    mask = outer < extent
+    if INNER:
         # Rows past the end repeat the last one; their results are not stored. No mask is needed.
-        outer = tl.minimum(outer, extent - 1)
-        ptrs = ptr + (outer[:, None] * wide_stride + reduction[None, :])
-        step = tl.full((), BLOCK_K, tl.int64)
+        ptrs = ptr + (tl.minimum(outer, extent - 1) * wide_stride + reduction)
+        step = tl.full((), STEP, tl.int64)
     else:
-        ptrs = ptr + (reduction[None, :] * wide_stride + outer[:, None])
-        step = wide_stride * BLOCK_K
-    return ptrs, step
+        ptrs = ptr + (reduction * wide_stride + outer)
+        step = wide_stride * STEP
+    return ptrs, mask, step
 
 
 @triton.jit
-def _load(ptrs, mask, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(ptrs, mask=mask, other=0.0)
-    return tl.load(ptrs)
+def _load(ptrs, outer_mask, reduction_mask, MASK_OUTER: tl.constexpr, MASK_REDUCTION: tl.constexpr):
+    if MASK_OUTER and MASK_REDUCTION:
+        tile = tl.load(ptrs, mask=outer_mask & reduction_mask, other=0.0)
+    elif MASK_OUTER:
+        tile = tl.load(ptrs, mask=outer_mask, other=0.0)
+    elif MASK_REDUCTION:
+        tile = tl.load(ptrs, mask=reduction_mask, other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
 
 
 @triton.jit
 def _accumulate(
     acc,
-    a_ptrs,
-    b_ptrs,
-    a_step,
-    b_step,
-    a_mask,
-    b_mask,
-    reduction,
+    a_ptr,
+    b_ptr,
+    a_stride,
+    b_stride,
+    row,
+    col,
+    rows,
+    cols,
+    first,
+    last,
+    A_INNER: tl.constexpr,
+    B_INNER: tl.constexpr,
     MASK_A: tl.constexpr,
     MASK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    MASK_REDUCTION: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The main loop: whole steps without a mask on the reduction axis, then what is left."""
-    steps = reduction // BLOCK_K
-    for _ in range(steps):
-        a = _load(a_ptrs, a_mask, MASK_A)
-        b = _load(b_ptrs, b_mask, MASK_B)
+    """The loop over reduction indices from ``first`` to ``last``, STEP at a time."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    a_ptrs, a_mask, a_step = _operand(a_ptr, a_stride, row, rows, first, 0, A_INNER, BLOCK_M, STEP)
+    b_ptrs, b_mask, b_step = _operand(b_ptr, b_stride, col, cols, first, 1, B_INNER, BLOCK_N, STEP)
+    for r in tl.range(first, last, STEP, num_stages=STAGES):
+        active = r + tl.arange(0, STEP) < last
+        a = _load(a_ptrs, a_mask, active[None, :], MASK_A, MASK_REDUCTION)
+        b = _load(b_ptrs, b_mask, active[:, None], MASK_B, MASK_REDUCTION)
         acc = multiply_add(acc, a, b, PRECISION)
         a_ptrs += a_step
         b_ptrs += b_step
-    left = reduction - steps * BLOCK_K
-    if left > 0:
-        rest = (tl.arange(0, BLOCK_K) < left)[None, :]
-        a = tl.load(a_ptrs, mask=a_mask & rest, other=0.0)
-        b = tl.load(b_ptrs, mask=b_mask & rest, other=0.0)
-        acc = multiply_add(acc, a, b, PRECISION)
     return acc
 
 
@@ -99,13 +115,13 @@ def multiply_tile(
     b_ptr,
     a_stride,
     b_stride,
-    row_start,
-    col_start,
+    row,
+    col,
     rows,
     cols,
     reduction,
-    A_REDUCTION_INNER: tl.constexpr,
-    B_REDUCTION_INNER: tl.constexpr,
+    A_INNER: tl.constexpr,
+    B_INNER: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -115,55 +131,50 @@ def multiply_tile(
     """Tile (BLOCK_M, BLOCK_N) of the product, in float32.
 
     Args:
-        a_ptr: A, with a row stride ``a_stride`` along its axis that is not dense.
-        b_ptr: B, likewise.
+        a_ptr: A; ``a_stride`` is the stride of its axis that is not dense.
+        b_ptr: B, likewise with ``b_stride``.
         a_stride: See ``a_ptr``.
         b_stride: See ``b_ptr``.
-        row_start: First row of the tile.
-        col_start: First column of the tile.
+        row: First row of the tile.
+        col: First column of the tile.
         rows: Extent of i.
         cols: Extent of j.
         reduction: Extent of r.
-        A_REDUCTION_INNER: Whether r is A's dense axis.
-        B_REDUCTION_INNER: Whether r is B's dense axis.
-        ALIGNED: All sizes along dense axes are multiples of 16 (and marked so).
+        A_INNER: Whether r is A's dense axis.
+        B_INNER: Whether r is B's dense axis.
+        ALIGNED: All extents along dense axes are multiples of 16, and the compiler knows.
         BLOCK_M: Rows of the tile.
         BLOCK_N: Columns of the tile.
-        BLOCK_K: Reduction steps a load.
+        BLOCK_K: Reduction indices loaded at once.
         PRECISION: ``input_precision`` of the product.
     """
-    a_ptrs, a_step = _operand(a_ptr, a_stride, row_start, rows, A_REDUCTION_INNER, BLOCK_M, BLOCK_K)
-    b_ptrs, b_step = _operand(b_ptr, b_stride, col_start, cols, B_REDUCTION_INNER, BLOCK_N, BLOCK_K)
-    if A_REDUCTION_INNER:
-        a_mask = tl.full((BLOCK_M, 1), True, tl.int1)
-    else:
-        a_mask = (row_start + tl.arange(0, BLOCK_M) < rows)[:, None]
-    if B_REDUCTION_INNER:
-        b_mask = tl.full((BLOCK_N, 1), True, tl.int1)
-    else:
-        b_mask = (col_start + tl.arange(0, BLOCK_N) < cols)[:, None]
-    MASK_A: tl.constexpr = not A_REDUCTION_INNER
-    MASK_B: tl.constexpr = not B_REDUCTION_INNER
-
+    MASK_A: tl.constexpr = not A_INNER
+    MASK_B: tl.constexpr = not B_INNER
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    whole = reduction // BLOCK_K * BLOCK_K
     if ALIGNED or not (MASK_A or MASK_B):
         acc = _accumulate(
-            acc, a_ptrs, b_ptrs, a_step, b_step, a_mask, b_mask, reduction,
-            MASK_A, MASK_B, BLOCK_K, PRECISION,
+            acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, 0, whole,
+            A_INNER, B_INNER, MASK_A, MASK_B, False, BLOCK_K, None, PRECISION,
         )  # fmt: skip
     # An odd extent along a dense axis makes masked loads one element wide and keeps them out of
     # the asynchronous pipeline, so tiles that lie inside run a loop without masks.
-    elif (row_start + BLOCK_M <= rows) & (col_start + BLOCK_N <= cols):
+    elif (row + BLOCK_M <= rows) & (col + BLOCK_N <= cols):
         acc = _accumulate(
-            acc, a_ptrs, b_ptrs, a_step, b_step, a_mask, b_mask, reduction,
-            False, False, BLOCK_K, PRECISION,
+            acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, 0, whole,
+            A_INNER, B_INNER, False, False, False, BLOCK_K, None, PRECISION,
         )  # fmt: skip
     else:
         acc = _accumulate(
-            acc, a_ptrs, b_ptrs, a_step, b_step, a_mask, b_mask, reduction,
-            MASK_A, MASK_B, BLOCK_K, PRECISION,
+            acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, 0, whole,
+            A_INNER, B_INNER, MASK_A, MASK_B, False, BLOCK_K, None, PRECISION,
         )  # fmt: skip
-    return acc
+    # What is left is less than BLOCK_K. Short steps: their loads may be one element wide, and a
+    # thread would need many registers for the addresses of a long one.
+    return _accumulate(
+        acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, whole, reduction,
+        A_INNER, B_INNER, MASK_A, MASK_B, True, 16, 1, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -54,23 +54,42 @@ FLOAT_CONFIGS = (
 )
 
 
-def config_supports(config: GemmConfig, dtype: torch.dtype, limits: DeviceLimits) -> bool:
-    """Whether a tiling can be compiled for operands of ``dtype`` on a device."""
+def config_supports(
+    config: GemmConfig, dtype: torch.dtype, limits: DeviceLimits, aligned: bool
+) -> bool:
+    """Whether a tiling compiles without register spills for operands of ``dtype`` on a device.
+
+    Args:
+        config: The tiling.
+        dtype: Of the operands.
+        limits: The device's.
+        aligned: Whether both feature counts are multiples of 16. Otherwise the kernels hold a
+            second loop, for tiles at an odd edge, whose addresses take more registers.
+    """
     blocks = (config.block_m, config.block_n, config.block_k)
     powers_of_two = all(block >= 16 and block & (block - 1) == 0 for block in blocks)
-    return powers_of_two and config.shared_memory(dtype.itemsize) <= limits.shared_memory
+    large = config.block_m * config.block_n > 128 * 128
+    fits_registers = not large or (aligned and limits.large_tiles)
+    fits_memory = config.shared_memory(dtype.itemsize) <= limits.shared_memory
+    return powers_of_two and fits_registers and fits_memory
 
 
-def choose_config(rows: int, cols: int, dtype: torch.dtype, limits: DeviceLimits) -> GemmConfig:
-    """The largest supported tile that still gives every multiprocessor work, else the smallest."""
-    return _choose(rows.bit_length(), cols.bit_length(), dtype, limits)
+def choose_config(
+    rows: int, cols: int, dtype: torch.dtype, limits: DeviceLimits, aligned: bool
+) -> GemmConfig:
+    """The largest supported tile that still gives every multiprocessor work, else the smallest.
+
+    Sizes count as the power of two above them, so a shape's bucket decides, not its exact size.
+    """
+    return _choose(rows.bit_length(), cols.bit_length(), dtype, limits, aligned)
 
 
-@functools.lru_cache(maxsize=None)
-def _choose(rows_bits: int, cols_bits: int, dtype: torch.dtype, limits: DeviceLimits) -> GemmConfig:
-    """Choice for a bucket of shapes: sizes between two powers of two count as the upper one."""
+@functools.cache
+def _choose(
+    rows_bits: int, cols_bits: int, dtype: torch.dtype, limits: DeviceLimits, aligned: bool
+) -> GemmConfig:
     configs = FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS
-    supported = [config for config in configs if config_supports(config, dtype, limits)]
+    supported = [config for config in configs if config_supports(config, dtype, limits, aligned)]
     rows, cols = 1 << rows_bits, 1 << cols_bits
     for config in supported:
         tiles = -(-rows // config.block_m) * -(-cols // config.block_n)

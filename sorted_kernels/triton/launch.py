@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.driver import driver
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,13 @@ class DeviceLimits:
     Attributes:
         multiprocessors: How many blocks run at once, at least.
         shared_memory: Bytes that one block can have.
+        large_tiles: Whether the tensor cores take operands from shared memory, as those of
+            Hopper and Blackwell do; elsewhere a large tile's operands need too many registers.
     """
 
     multiprocessors: int
     shared_memory: int
+    large_tiles: bool = False
 
 
 # The interpreter runs programs one after another, so few of them are best; the memory is that of
@@ -30,9 +34,11 @@ _INTERPRETER_LIMITS = DeviceLimits(multiprocessors=4, shared_memory=99 * 1024)
 
 @functools.cache
 def _cuda_limits(index: int) -> DeviceLimits:
-    properties = torch.cuda.get_device_properties(index)
+    properties = driver.active.utils.get_device_properties(index)
     return DeviceLimits(
-        properties.multi_processor_count, properties.shared_memory_per_block_optin
+        properties["multiprocessor_count"],
+        properties["max_shared_mem"],
+        large_tiles=torch.cuda.get_device_capability(index)[0] in (9, 10),
     )
 
 

@@ -14,16 +14,15 @@ from sorted_kernels.triton.norm import MAX_FEATURES, norm_backward, norm_forward
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (..., k), mean (..., 1), rstd (..., 1), the statistics in float32.
+    """Return y (..., k), mean (..., 1) and rstd (..., 1), the statistics in float32.
 
     Rows longer than :data:`sorted_kernels.triton.norm.MAX_FEATURES` take the reference.
     """
     if x.shape[-1] > MAX_FEATURES:
-        y, mean, rstd = reference.layer_norm(x, weight, bias, eps)
-        return y, mean.float(), rstd.float()
-    y, centre, rstd = norm_forward(x, weight, bias, eps, centred=True)
-    assert centre is not None
-    return y, centre, rstd
+        return reference.layer_norm(x, weight, bias, eps)
+    y, mean, rstd = norm_forward(x, weight, bias, eps, centred=True)
+    assert mean is not None  # it is centred
+    return y, mean, rstd
 
 
 def layer_norm_backward_into(

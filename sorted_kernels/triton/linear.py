@@ -44,6 +44,18 @@ def _activation(z, ACTIVATION: tl.constexpr):
     return z
 
 
+@triton.jit
+def _store_activated(z, bias_ptr, y_ptr, z_ptr, row, col, n_rows, m, ACTIVATION: tl.constexpr):
+    """The epilogue of a tile z, whose first element is at (row, col) of the output (N, m)."""
+    j = col + tl.arange(0, z.shape[1])
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + j, mask=j < m, other=0.0).to(tl.float32)[None, :]
+    offsets, mask = output_tile(m, row, col, n_rows, m, z.shape[0], z.shape[1])
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, narrow(z, z_ptr), mask=mask)
+    tl.store(y_ptr + offsets, narrow(_activation(z, ACTIVATION), y_ptr), mask=mask)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _linear_kernel(
     x_ptr,
@@ -64,7 +76,7 @@ def _linear_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y (N, m), dense, = activation(x @ W.T + bias); z, if given, is what the activation saw."""
+    """Dense y (N, m) = activation(x @ W.T + bias); z, if given, is what the activation saw."""
     m = known_multiple(out_features, ALIGNED)
     k = known_multiple(in_features, ALIGNED)
     row, col = tile_origin(n_rows, m, BLOCK_M, BLOCK_N, GROUP_M)
@@ -72,13 +84,11 @@ def _linear_kernel(
         x_ptr, weight_ptr, x_stride, weight_stride, row, col, n_rows, m, k,
         True, True, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    if bias_ptr is not None:
-        j = col + tl.arange(0, BLOCK_N)
-        z += tl.load(bias_ptr + j, mask=j < m, other=0.0).to(tl.float32)[None, :]
-    offsets, mask = output_tile(m, row, col, n_rows, m, BLOCK_M, BLOCK_N)
-    if z_ptr is not None:
-        tl.store(z_ptr + offsets, narrow(z, z_ptr), mask=mask)
-    tl.store(y_ptr + offsets, narrow(_activation(z, ACTIVATION), y_ptr), mask=mask)
+    # Half a tile at a time: erf and a second output would not fit the registers beside a whole one.
+    half: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, half)), (0, 2, 1)))
+    _store_activated(left, bias_ptr, y_ptr, z_ptr, row, col, n_rows, m, ACTIVATION)
+    _store_activated(right, bias_ptr, y_ptr, z_ptr, row, col + half, n_rows, m, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -98,7 +108,7 @@ def _linear_dgrad_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx (N, k), dense, = dy @ W."""
+    """Dense dx (N, k) = dy @ W."""
     m = known_multiple(out_features, ALIGNED)
     k = known_multiple(in_features, ALIGNED)
     row, col = tile_origin(n_rows, k, BLOCK_M, BLOCK_N, GROUP_M)
@@ -129,7 +139,7 @@ def _linear_wgrad_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out (m, k), a view of the gradient, (+)= dy.T @ x. One program writes a tile: no atomics."""
+    """Write the view out (m, k) (+)= dy.T @ x. One program writes a tile: no atomics."""
     m = known_multiple(out_features, ALIGNED)
     k = known_multiple(in_features, ALIGNED)
     row, col = tile_origin(m, k, BLOCK_M, BLOCK_N, GROUP_M)
@@ -144,11 +154,18 @@ def _linear_wgrad_kernel(
 
 
 def _launch_gemm(
-    kernel, args: tuple, rows: int, cols: int, like: Tensor, config: GemmConfig | None, **meta
+    kernel,
+    args: tuple,
+    output: tuple[int, int],
+    like: Tensor,
+    config: GemmConfig | None,
+    aligned: bool,
+    **meta,
 ) -> None:
-    """Launch one program for each tile of a (rows, cols) output."""
+    """Launch one program for each tile of an output of the given shape."""
+    rows, cols = output
     if config is None:
-        config = choose_config(rows, cols, like.dtype, device_limits(like.device))
+        config = choose_config(rows, cols, like.dtype, device_limits(like.device), aligned)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
     if tiles == 0:
         return
@@ -157,6 +174,7 @@ def _launch_gemm(
         (tiles,),
         *args,
         device=like.device,
+        ALIGNED=aligned,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -201,8 +219,8 @@ def linear(
         rows.stride(0), weight.stride(0),
     )  # fmt: skip
     _launch_gemm(
-        _linear_kernel, args, rows.shape[0], out_features, x, config,
-        ACTIVATION=activation, ALIGNED=is_aligned(out_features, in_features),
+        _linear_kernel, args, (rows.shape[0], out_features), x, config,
+        is_aligned(out_features, in_features), ACTIVATION=activation,
     )  # fmt: skip
     return y, x.new_empty(0) if z is None else z
 
@@ -218,8 +236,8 @@ def linear_dgrad(
         rows.stride(0), weight.stride(0),
     )  # fmt: skip
     _launch_gemm(
-        _linear_dgrad_kernel, args, rows.shape[0], in_features, dy, config,
-        ALIGNED=is_aligned(out_features, in_features),
+        _linear_dgrad_kernel, args, (rows.shape[0], in_features), dy, config,
+        is_aligned(out_features, in_features),
     )  # fmt: skip
     return dx
 
@@ -235,8 +253,8 @@ def linear_wgrad_into(
         dy.stride(0), x.stride(0), out.stride(0),
     )  # fmt: skip
     _launch_gemm(
-        _linear_wgrad_kernel, args, out_features, in_features, dy, config,
-        ACCUMULATE=accumulate, ALIGNED=is_aligned(out_features, in_features),
+        _linear_wgrad_kernel, args, (out_features, in_features), dy, config,
+        is_aligned(out_features, in_features), ACCUMULATE=accumulate,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sorted_kernels.triton.norm import MAX_FEATURES, norm_backward, norm_forward
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y (..., k), rstd (..., 1) in float32.
+    """Return y (..., k) and rstd (..., 1), in float32.
 
     Rows longer than :data:`sorted_kernels.triton.norm.MAX_FEATURES` take the reference.
     """
