@@ -147,7 +147,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
 
     cases = []
     for function, widths in (
-        (layer, (63, 768, 8192, 16384)),
+        (layer, (63, 768, 4095, 8191, 8192, 16384)),
         (rms, (64, 8192, 16384)),
         (sums, (63, 64)),
         (lookup, (63, 768)),

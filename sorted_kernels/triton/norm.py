@@ -21,8 +21,9 @@ from sorted_kernels.triton.launch import as_rows, device_limits, is_aligned, lau
 MAX_FEATURES = 16384
 """Longest row that fits the registers of one block."""
 
-_MAX_FUSED_FEATURES = 8192
-"""Longest row whose gradients and sums of gradients fit there too."""
+_MAX_FUSED_FEATURES = {True: 8192, False: 4096}
+"""Longest row, aligned or not, whose gradients and sums of gradients fit there too: a thread with
+one-element loads needs registers for many addresses."""
 
 _SPLIT_COLS, _WIDE_COLS = 2048, 4096
 
@@ -241,7 +242,7 @@ def _launch_backward(
     """Launch what is wanted: one kernel, or for long rows one for dx and one for the sums."""
     (n_rows, features), aligned = shape, is_aligned(shape[1])
     wants_sums = any(partial is not None for partial in partials)
-    if dx is not None and features > _MAX_FUSED_FEATURES:
+    if dx is not None and features > _MAX_FUSED_FEATURES[aligned]:
         launch(
             _norm_dx_wide_kernel, (n_rows,), *tensors, dx, features, *strides,
             device=device, ALIGNED=aligned, BLOCK_COLS=_WIDE_COLS, num_warps=8,
@@ -282,10 +283,8 @@ def norm_backward(
     dy_rows, rows, features = as_rows(dy), as_rows(x), x.shape[-1]
     n_rows = rows.shape[0]
     dx = x.new_empty(x.shape) if need_dx else None
-    config = choose_norm_config(min(features, _MAX_FUSED_FEATURES))
-    programs = min(
-        2 * device_limits(x.device).multiprocessors, triton.cdiv(n_rows, config.block_rows)
-    )
+    row_blocks = triton.cdiv(n_rows, choose_norm_config(features).block_rows)
+    programs = min(2 * device_limits(x.device).multiprocessors, row_blocks)
     partials = [
         None if out is None else torch.empty((programs, features), device=x.device) for out in outs
     ]
