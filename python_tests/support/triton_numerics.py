@@ -71,3 +71,45 @@ def assert_accurate(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> None:
     error = (actual.double() - oracle).abs().max().item()
     allowed = 2 * (same_dtype.double() - oracle).abs().max().item() + 1e-6
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+class AddressWatch:
+    """Checks every address that interpreted kernels load from or store to.
+
+    Inside the buffers that the given views are cut out of, only the views' own elements may be
+    touched, loaded or stored. A value that is loaded and then thrown away shows up here too.
+    """
+
+    def __init__(self, **views: Tensor) -> None:
+        self._buffers = {}
+        self.touched: set[str] = set()
+        for name, view in views.items():
+            storage = view.untyped_storage()
+            allowed = torch.zeros(storage.nbytes() // view.element_size(), dtype=torch.bool)
+            allowed.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+            self._buffers[name] = (storage.data_ptr(), view.element_size(), allowed.numpy())
+
+    def check(self, pointers, mask) -> None:
+        active = pointers.data[mask.data.astype(bool)].astype("int64")
+        for name, (base, size, allowed) in self._buffers.items():
+            element = (active - base) // size
+            element = element[(element >= 0) & (element < len(allowed))]
+            if len(element):
+                self.touched.add(name)
+            assert allowed[element].all(), f"{name}: element {element[~allowed[element]][0]}"
+
+    def install(self, monkeypatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def checked_load(builder, pointers, mask, *rest):
+            self.check(pointers, mask)
+            return load(builder, pointers, mask, *rest)
+
+        def checked_store(builder, pointers, value, mask, *rest):
+            self.check(pointers, mask)
+            return store(builder, pointers, value, mask, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
