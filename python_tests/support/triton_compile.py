@@ -81,7 +81,10 @@ def _run_alone(*arguments: str) -> str:
 
 
 def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]]:
-    """Every tiling that the architecture gets, for aligned and for odd sizes."""
+    """Every tiling that the architecture gets, for aligned and for odd sizes.
+
+    Of float16 only one, here and below: its code differs from bfloat16's in a few conversions.
+    """
     import torch
 
     from sorted_kernels.triton import gemm_config, launch, linear
@@ -101,7 +104,7 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
             linear.linear_wgrad_into(dy, x, weight[:m, :k], True, config=config)
 
     cases = []
-    for config in configs:
+    for config in configs if dtype != torch.float16 else configs[1:2]:
         tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
         for m, k in [(128, 64), (127, 65)]:
             if not gemm_config.config_supports(config, dtype, limits, m % 16 == k % 16 == 0):
@@ -152,7 +155,8 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         (sums, (63, 64)),
         (lookup, (63, 768)),
     ):
-        cases += [(f"{function.__name__} {k}", lambda f=function, k=k: f(k)) for k in widths]
+        for k in widths if dtype != torch.float16 else widths[-1:]:
+            cases.append((f"{function.__name__} {k}", lambda f=function, k=k: f(k)))
     return cases
 
 
