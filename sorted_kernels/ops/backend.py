@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.util
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,10 +16,9 @@ from torch.compiler import is_compiling
 
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
+from sorted_kernels.ops.promotion import promoted
 
 OPS = ("linear", "layer_norm", "rms_norm", "embedding")
-_PACKAGE = Path(__file__).parent.parent
-_PROMOTED = _PACKAGE / "promoted.json"
 
 
 class Choice(NamedTuple):
@@ -35,23 +31,6 @@ class Choice(NamedTuple):
 def has_triton() -> bool:
     """Whether Triton is installed (not whether it can run here)."""
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def promoted(kernel: str) -> bool:
-    """Whether a recorded GPU run has passed this very source of a kernel.
-
-    Args:
-        kernel: Path of its source below the package, for example ``triton/linear.py``.
-    """
-    recorded = json.loads(_PROMOTED.read_text()) if _PROMOTED.is_file() else {}
-    source = _PACKAGE / kernel
-    return source.is_file() and recorded.get(kernel) == digest(source)
-
-
-def digest(source: Path) -> str:
-    """SHA-256 of a kernel's source, the key of its promotion."""
-    return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def choose(op: str, device_type: str) -> Choice:
@@ -75,7 +54,7 @@ def choose(op: str, device_type: str) -> Choice:
         return Choice("reference", "PyTorch on strided views: the CPU path")
     if not has_triton():
         return Choice("reference", "PyTorch on strided views: Triton is not installed")
-    if promoted(f"triton/{op}.py"):
+    if promoted(op):
         return Choice("triton", "passed a recorded GPU run")
     if env.experimental():
         return Choice("triton", "experimental, turned on by SORTED_KERNELS_EXPERIMENTAL")
@@ -131,4 +110,3 @@ def _reference(op: str) -> ModuleType:
 def reset() -> None:
     """Forget the choices made, so that a changed environment is read again (for tests)."""
     _module.cache_clear()
-    promoted.cache_clear()
