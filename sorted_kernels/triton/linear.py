@@ -2,8 +2,8 @@
 
 Twin of :mod:`sorted_kernels.reference.linear`, where arguments and results are described. Kernels
 read the parent weight in place through its row stride. Sizes are runtime arguments: a kernel is
-compiled once for a dtype, a tiling, the alignment of the tensors, and whether m and k are
-multiples of 16. Sums are float32.
+compiled once for a dtype, a tiling, the alignment of the tensors' addresses and row strides (Triton
+also sets a row stride of 1 apart), and whether m and k are multiples of 16. Sums are float32.
 """
 
 from __future__ import annotations
