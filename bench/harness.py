@@ -34,8 +34,8 @@ class Contestant:
 
     Attributes:
         call: Does the work once.
-        outcome: What ``call`` computed, for comparison with the other contestants; every contestant
-            of a case returns the same number of tensors, of the same shapes. ``None``: not compared.
+        outcome: What ``call`` computed, to be compared with the other contestants' (as many
+            tensors, of the same shapes). ``None``: not compared.
     """
 
     call: Callable[[], object]
@@ -69,8 +69,8 @@ class Case:
         flops: Least operations needed.
         bytes: Least memory traffic needed.
         cache: ``hot`` or ``cold``.
-        clock: ``device`` (time until the work is done), ``kernel`` (the same, launches hidden behind
-            earlier work on a GPU) or ``host`` (time until the call returns).
+        clock: ``device`` (time until the work is done), ``kernel`` (the same, with launches hidden
+            behind earlier work on a GPU) or ``host`` (time until the call returns).
         tolerance: Largest norm-wise relative difference between two outcomes.
         goals: What the library's contestants aim at.
     """

@@ -40,7 +40,7 @@ def _matmul(device: torch.device, quick: bool) -> Case:
 
 
 def measure(device: torch.device, quick: bool) -> list[Row]:
-    """Rows ``limit copy`` in GB/s (bytes read plus bytes written) and ``limit matmul`` in TFLOP/s."""
+    """Rows ``limit copy`` (GB/s, bytes read plus written) and ``limit matmul`` (TFLOP/s)."""
     rows = []
     for case, work, metric in (
         (_copy(device), 1e9, "GB/s"),

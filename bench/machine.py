@@ -43,7 +43,10 @@ def output_of(*command: str) -> str | None:
 
 @functools.cache
 def commit() -> str:
-    """The commit measured, ``-dirty`` if tracked files differ; ``BENCH_COMMIT`` where git is absent."""
+    """The commit measured, ``-dirty`` if tracked files differ from it.
+
+    ``BENCH_COMMIT`` names it where there is no git.
+    """
     named = os.environ.get("BENCH_COMMIT")
     if named:
         return named

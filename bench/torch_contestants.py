@@ -159,5 +159,5 @@ def standalone_linear_step(data: LinearData) -> Contestant:
 
 
 def fused_adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """torch's fastest AdamW."""
+    """Torch's fastest AdamW."""
     return torch.optim.AdamW(parameters, **ADAMW, fused=True)
