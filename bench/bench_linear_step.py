@@ -10,6 +10,7 @@ import torch
 from bench import shapes
 from bench.harness import Case, Contestant, Goal
 from bench.shapes import LinearShape
+from bench.our_contestants import our_linear_step
 from bench.torch_contestants import (
     LinearData,
     expert_linear_step,
@@ -24,6 +25,7 @@ def make_case(shape: LinearShape, dtype: torch.dtype, device: torch.device) -> C
         "B2": standalone_linear_step,
         "B1": expert_linear_step,
         "B0": naive_linear_step,
+        "ours": our_linear_step,
     }
     goals = [Goal("B2", 1.10)]
     if shape.N == 32 and shape.m * 8 == shape.M:

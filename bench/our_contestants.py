@@ -1,4 +1,4 @@
-"""What this library does: a full-size layer with a sub-model active, and the staircase optimizer."""
+"""This library: a full-size layer with a sub-model active, and the staircase optimizer."""
 
 from __future__ import annotations
 

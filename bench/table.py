@@ -38,10 +38,8 @@ def describe(case: Case, rows: Sequence[Row], limits: Mapping[str, float]) -> li
     times = "  ".join(
         f"{name} {row.p50:.3g} [{row.p20:.3g}, {row.p80:.3g}]" for name, row in by_provider.items()
     )
-    lines = [
-        f"{case}  ({rows[0].metric}, p50 [p20, p80], {rows[0].samples} samples)",
-        f"    {times}",
-    ]
+    unit = f"{rows[0].metric}, p50 [p20, p80], {rows[0].samples} samples"
+    lines = [f"{case}  ({unit})", f"    {times}"]
     for name, row in by_provider.items():
         if name in BASELINES:
             continue

@@ -159,5 +159,5 @@ def standalone_linear_step(data: LinearData) -> Contestant:
 
 
 def fused_adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """Torch's fastest AdamW."""
+    """The fastest AdamW that torch has."""
     return torch.optim.AdamW(parameters, **ADAMW, fused=True)
