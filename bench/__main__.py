@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -51,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     path = options.out / "benchmarks.csv"
     start = time.perf_counter()
     print(f"device {machine.device_name(device.type)}, torch {torch.__version__}, ", end="")
-    print(f"{torch.get_num_threads()} CPU threads, commit {machine.commit()}")
+    print(f"{torch.get_num_threads()} CPU threads, commit {machine.commit()}, ", end="")
+    print(f"load {os.getloadavg()[0]:.1f} (others' work disturbs the times)")
 
     limit_rows = limits.measure(device, options.quick)
     append_rows(path, limit_rows)
@@ -77,14 +80,21 @@ def run(options: argparse.Namespace) -> int:
 
 def _run_one(case: Case, seconds: float, path: Path, known: dict[str, float]) -> bool:
     """Time one case and report it; a case that fails leaves the others alone."""
+    begin, preempted = time.perf_counter(), _preemptions()
     try:
         rows = run_case(case, seconds)
     except (DisagreementError, RuntimeError, ValueError, TypeError) as error:
         print(f"{case}\n    FAILED: {type(error).__name__}: {error}", flush=True)
         return False
     append_rows(path, rows)
-    print("\n".join(table.describe(case, rows, known)), flush=True)
+    preemptions = (_preemptions() - preempted) / (time.perf_counter() - begin)
+    print("\n".join(table.describe(case, rows, known, preemptions)), flush=True)
     return True
+
+
+def _preemptions() -> int:
+    """Involuntary context switches of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 if __name__ == "__main__":

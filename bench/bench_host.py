@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from sorted_kernels.models.residual_mlp import elastic_residual_mlp
 from torch import nn
 
 import sorted_kernels as sk
@@ -17,6 +16,7 @@ from bench.our_contestants import elastic_linear
 from bench.rows import format_sizes
 from bench.shapes import LinearShape
 from bench.torch_contestants import LinearData
+from sorted_kernels.models.residual_mlp import elastic_residual_mlp
 
 
 def _naive(shape: LinearShape, device: torch.device) -> Contestant:

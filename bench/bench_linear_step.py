@@ -9,8 +9,8 @@ import torch
 
 from bench import shapes
 from bench.harness import Case, Contestant, Goal
-from bench.shapes import LinearShape
 from bench.our_contestants import our_linear_step
+from bench.shapes import LinearShape
 from bench.torch_contestants import (
     LinearData,
     expert_linear_step,

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from sorted_kernels.models.residual_mlp import elastic_residual_mlp
 from torch import Tensor, nn
 
 import sorted_kernels as sk
@@ -14,6 +13,7 @@ from bench import shapes
 from bench.harness import Case, Contestant, Goal
 from bench.shapes import ModelShape
 from bench.torch_contestants import ADAMW, fused_adamw
+from sorted_kernels.models.residual_mlp import elastic_residual_mlp
 
 IN_FEATURES, CLASSES = 64, 10
 

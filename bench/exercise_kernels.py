@@ -72,9 +72,7 @@ def exercise(name: str, dtype: torch.dtype, optimizer: str, device: torch.device
         sk.activate(module, sk.Submodel(**dict.fromkeys(sk.nn.dimensions(module), ACTIVE)))
     x = _input(name, dtype)
     wide = x if name == "embedding" else x.double()
-    pairs = zip(
-        train(layer, x.to(device), optimizer), train(exact, wide, optimizer), strict=True
-    )
+    pairs = zip(train(layer, x.to(device), optimizer), train(exact, wide, optimizer), strict=True)
     return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
 
 

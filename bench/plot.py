@@ -125,7 +125,7 @@ def _draw_against_cost(axes: Axes, rows: list[Row]) -> None:
 
 
 def draw_step_time(rows: Iterable[Row]) -> Figure | None:
-    """Step time against a sub-model's cost: the demo's model and the layers, with the ideal line."""
+    """Step time against a sub-model's cost: the demo's model and the layers, and the ideal line."""
     rows = [row for row in rows if row.kernel in ("linear_step", "model_step")]
     panels: dict[str, list[Row]] = {}
     for key, group in _grouped(r for r in rows if r.kernel == "linear_step").items():

@@ -8,6 +8,8 @@ from bench.harness import BASELINES, Case
 from bench.rows import Row
 
 SECONDS = {"ms": 1e-3, "us": 1e-6}
+NOISY_SPREAD = 1.5  # p80 over p20 from which a ratio of medians says little
+NOISY_PREEMPTIONS = 50.0  # a second: two threads that wait for each other feel each of them
 
 
 def limit_share(row: Row, limits: Mapping[str, float]) -> float | None:
@@ -32,14 +34,28 @@ def _verdict(ratio: float, at_most: float) -> str:
     return "met" if ratio <= at_most else f"MISSED by {ratio / at_most - 1:.0%}"
 
 
-def describe(case: Case, rows: Sequence[Row], limits: Mapping[str, float]) -> list[str]:
-    """Lines for a person: the times, each contestant over each baseline, and the goals."""
+def describe(
+    case: Case, rows: Sequence[Row], limits: Mapping[str, float], preemptions: float = 0.0
+) -> list[str]:
+    """Lines for a person: the times, each contestant over each baseline, and the goals.
+
+    Args:
+        case: The problem.
+        rows: One a contestant.
+        limits: As in :func:`limit_share`.
+        preemptions: How often a second another program took the processor meanwhile.
+    """
     by_provider = {row.provider: row for row in rows}
     times = "  ".join(
         f"{name} {row.p50:.3g} [{row.p20:.3g}, {row.p80:.3g}]" for name, row in by_provider.items()
     )
     unit = f"{rows[0].metric}, p50 [p20, p80], {rows[0].samples} samples"
     lines = [f"{case}  ({unit})", f"    {times}"]
+    noisy = [name for name, row in by_provider.items() if row.p80 > NOISY_SPREAD * row.p20]
+    if noisy:
+        lines.append(f"    NOISY: samples of {', '.join(noisy)} differ widely; measure again")
+    if preemptions > NOISY_PREEMPTIONS:
+        lines.append(f"    NOISY: preempted {preemptions:.0f} times a second by other programs")
     for name, row in by_provider.items():
         if name in BASELINES:
             continue

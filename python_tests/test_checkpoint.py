@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.training import Net, assert_same_weights, random_data, weights_of
 from torch import nn
 
 from sorted_kernels import SubmodelSpace
@@ -23,6 +22,7 @@ from sorted_kernels.training import (
     save_checkpoint,
 )
 from sorted_kernels.training.serialize import Encoder, decode
+from support.training import Net, assert_same_weights, random_data, weights_of
 
 safetensors = pytest.importorskip("safetensors")
 SPACE = SubmodelSpace(width=[3, 8, 16], depth=[1, 2, 3])

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.training import Net, assert_same_weights, random_data, weights_of
 from torch.utils.data import DataLoader, TensorDataset
 
 from sorted_kernels import SubmodelSpace
@@ -27,6 +26,7 @@ from sorted_kernels.training import (
     load_checkpoint,
     save_checkpoint,
 )
+from support.training import Net, assert_same_weights, random_data, weights_of
 
 pytest.importorskip("safetensors")
 SPACE = SubmodelSpace(width=[3, 8, 16], depth=[1, 2, 3])

@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from sorted_kernels import Submodel, SubmodelSpace
+from sorted_kernels.data import Batches
+from sorted_kernels.errors import CheckpointError, DimensionError, OptionError
+from sorted_kernels.nn import activate, current
+from sorted_kernels.optim import AdamW
+from sorted_kernels.training import Stochastic, cosine, fit, latest_checkpoint, save_checkpoint
 from support.training import (
     Net,
     assert_same_weights,
@@ -17,13 +24,6 @@ from support.training import (
     sliced_logits,
     weights_of,
 )
-
-from sorted_kernels import Submodel, SubmodelSpace
-from sorted_kernels.data import Batches
-from sorted_kernels.errors import CheckpointError, DimensionError, OptionError
-from sorted_kernels.nn import activate, current
-from sorted_kernels.optim import AdamW
-from sorted_kernels.training import Stochastic, cosine, fit, latest_checkpoint, save_checkpoint
 
 SPACE = SubmodelSpace(width=[3, 8, 16], depth=[1, 2, 3])
 

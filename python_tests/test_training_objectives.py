@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from support.training import CLASSES, Net, leaves, random_data, sliced_logits
 
 from sorted_kernels import Submodel, SubmodelSpace
 from sorted_kernels.errors import CheckpointError, DimensionError, OptionError, SpaceError
@@ -13,6 +12,7 @@ from sorted_kernels.nn import activate, current
 from sorted_kernels.ops.gradient import staircase_of
 from sorted_kernels.staircase import Staircase
 from sorted_kernels.training import Sandwich, Stochastic, StochasticSummation, Summation
+from support.training import CLASSES, Net, leaves, random_data, sliced_logits
 
 SPACE = SubmodelSpace(width=[3, 8, 16], depth=[1, 2, 3])
 BATCH = random_data(7, seed=1, dtype=torch.float64)

@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from support.triton_numerics import DEVICE, AddressWatch  # noqa: E402
-
 from sorted_kernels.triton import embedding, layer_norm, linear  # noqa: E402
 from sorted_kernels.triton.gemm_config import HALF_CONFIGS  # noqa: E402
+from support.triton_numerics import DEVICE, AddressWatch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter shows addresses")
 

@@ -10,14 +10,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import sorted_kernels.triton  # noqa: E402
 from support.triton_compile import (  # noqa: E402
     DTYPES,
     SHARED_MEMORY,
     compile_kernels,
     count_variants,
 )
-
-import sorted_kernels.triton  # noqa: E402
 
 HALF = ("bfloat16", "float16")
 pytestmark = pytest.mark.slow

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from sorted_kernels.reference import embedding as reference  # noqa: E402
+from sorted_kernels.triton import embedding  # noqa: E402
 from support.triton_numerics import (  # noqa: E402
     DEVICE,
     DTYPES,
@@ -19,9 +21,6 @@ from support.triton_numerics import (  # noqa: E402
     poisoned,
     randn,
 )
-
-from sorted_kernels.reference import embedding as reference  # noqa: E402
-from sorted_kernels.triton import embedding  # noqa: E402
 
 V, K = 23, 300
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

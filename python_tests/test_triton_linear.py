@@ -9,17 +9,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from support.triton_numerics import (  # noqa: E402
-    DEVICE,
-    DTYPES,
-    Patterned,
-    assert_accurate,
-    dtype_id,
-    inside,
-    poisoned,
-    randn,
-)
-
 from sorted_kernels.reference import linear as reference  # noqa: E402
 from sorted_kernels.triton import linear  # noqa: E402
 from sorted_kernels.triton.gemm_config import (  # noqa: E402
@@ -30,6 +19,16 @@ from sorted_kernels.triton.gemm_config import (  # noqa: E402
     config_supports,
 )
 from sorted_kernels.triton.launch import DeviceLimits  # noqa: E402
+from support.triton_numerics import (  # noqa: E402
+    DEVICE,
+    DTYPES,
+    Patterned,
+    assert_accurate,
+    dtype_id,
+    inside,
+    poisoned,
+    randn,
+)
 
 M, K = 210, 230
 sizes = st.integers(1, 70)

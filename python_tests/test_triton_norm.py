@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from sorted_kernels.reference import layer_norm as layer_reference  # noqa: E402
+from sorted_kernels.reference import rms_norm as rms_reference  # noqa: E402
+from sorted_kernels.triton import layer_norm, rms_norm  # noqa: E402
+from sorted_kernels.triton.norm import MAX_FEATURES  # noqa: E402
 from support.triton_numerics import (  # noqa: E402
     DEVICE,
     DTYPES,
@@ -19,11 +23,6 @@ from support.triton_numerics import (  # noqa: E402
     poisoned,
     randn,
 )
-
-from sorted_kernels.reference import layer_norm as layer_reference  # noqa: E402
-from sorted_kernels.reference import rms_norm as rms_reference  # noqa: E402
-from sorted_kernels.triton import layer_norm, rms_norm  # noqa: E402
-from sorted_kernels.triton.norm import MAX_FEATURES  # noqa: E402
 
 EPS = 1e-5
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

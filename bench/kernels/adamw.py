@@ -6,7 +6,6 @@ import dataclasses
 from functools import partial
 
 import torch
-from sorted_kernels.ops.gradient import slot_of
 from torch import Tensor, nn
 
 import sorted_kernels as sk
@@ -14,6 +13,7 @@ from bench.harness import Case, Contestant, Goal
 from bench.kernels.common import kernel_case
 from bench.shapes import AdamWShape
 from bench.torch_contestants import ADAMW, SlicedAdamW, fused_adamw
+from sorted_kernels.ops.gradient import slot_of
 
 
 def adamw_step(shape: AdamWShape, dtype: torch.dtype, device: torch.device) -> Case:

@@ -6,12 +6,12 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from sorted_kernels.ops.backend import implementation
 from torch import Tensor
 
 from bench.harness import Case, Contestant
 from bench.kernels.common import kernel_case, returning
 from bench.shapes import EmbeddingShape
+from sorted_kernels.ops.backend import implementation
 
 aten = torch.ops.aten
 

@@ -8,13 +8,13 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from sorted_kernels.ops.backend import implementation
 from torch import Tensor
 
 from bench.harness import Case, Contestant, Goal
 from bench.kernels.common import kernel_case, returning
 from bench.shapes import LinearShape
 from bench.torch_contestants import LinearData
+from sorted_kernels.ops.backend import implementation
 from sorted_kernels.reference import linear as reference_linear
 
 aten = torch.ops.aten

@@ -6,12 +6,12 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from sorted_kernels.ops.backend import implementation
 from torch import Tensor
 
 from bench.harness import Case, Contestant, Goal
 from bench.kernels.common import kernel_case, returning
 from bench.shapes import NormShape
+from sorted_kernels.ops.backend import implementation
 
 NORM_EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6}
 

@@ -62,7 +62,7 @@ class AdamW(StaircaseOptimizer):
         super().__init__(params, defaults, update, clear_grads)
 
     def _apply(self, group: dict[str, Any], bucket: Bucket) -> None:
-        torch.ops.sorted_kernels.staircase_adamw_(
+        torch.ops.sorted_kernels.staircase_adamw_.default(
             bucket.params,
             bucket.grads,
             *bucket.states,

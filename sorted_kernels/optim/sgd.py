@@ -62,7 +62,7 @@ class SGD(StaircaseOptimizer):
         return self.STATES if group["momentum"] else ()
 
     def _apply(self, group: dict[str, Any], bucket: Bucket) -> None:
-        torch.ops.sorted_kernels.staircase_sgd_(
+        torch.ops.sorted_kernels.staircase_sgd_.default(
             bucket.params,
             bucket.grads,
             bucket.states[0] if bucket.states else [],
