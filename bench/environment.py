@@ -9,7 +9,6 @@ a GPU run for exactly this source.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 
 from bench import machine
+from sorted_kernels.ops import promotion
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "pybind11", "cmake", "ninja")
-KERNEL_SOURCES = ("sorted_kernels/triton/*.py", "csrc/kernels/*", "csrc/common/*")
 
 
 def _version(package: str) -> str | None:
@@ -45,16 +44,6 @@ def describe_gpu() -> dict[str, Any] | None:
         "memory_mib": properties.total_memory >> 20,
         "l2_mib": properties.L2_cache_size >> 20,
         "driver": (machine.output_of(*query) or "unknown").splitlines()[0],
-    }
-
-
-def kernel_digests() -> dict[str, str]:
-    """SHA-256 of each kernel source, by its path in the repository."""
-    files = sorted(path for pattern in KERNEL_SOURCES for path in machine.ROOT.glob(pattern))
-    return {
-        str(path.relative_to(machine.ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.is_file()
     }
 
 
@@ -97,7 +86,7 @@ def describe(stages: Path | None, junit: Path | None) -> dict[str, Any]:
         "packages": {package: _version(package) for package in PACKAGES},
         "stages": read_stages(stages) if stages else [],
         "tests": read_junit(junit) if junit and junit.exists() else {},
-        "kernel_sha256": kernel_digests(),
+        "kernels": {kernel: promotion.digest(kernel) for kernel in promotion.SOURCES},
     }
 
 

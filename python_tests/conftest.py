@@ -21,3 +21,10 @@ def _seeded():
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that take a device run on the GPU where there is one: that is what the mark says."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
