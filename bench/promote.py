@@ -19,7 +19,7 @@ TESTS = {
     "layer_norm": "test_triton_norm",
     "rms_norm": "test_triton_norm",
     "embedding": "test_triton_embedding",
-    "staircase_optimizer": "test_native_optimizer",
+    "staircase_optimizer": "test_optimizer_device",
 }
 SANITIZED = ("exercise", "memcheck", "racecheck")
 

@@ -24,7 +24,7 @@ def device():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that take a device run on the GPU where there is one: that is what the mark says."""
+    """Mark the tests that run on the GPU where there is one: by fixture or by module constant."""
     for item in items:
-        if "device" in getattr(item, "fixturenames", ()):
+        if "device" in getattr(item, "fixturenames", ()) or hasattr(item.module, "DEVICE"):
             item.add_marker("gpu")
