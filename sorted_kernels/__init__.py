@@ -1,5 +1,51 @@
 """One set of weights, every network in it, each at its own cost."""
 
+from sorted_kernels import nn
+from sorted_kernels.errors import (
+    CheckpointError,
+    DependencyError,
+    DeviceError,
+    DimensionError,
+    DTypeError,
+    GradientError,
+    OptionError,
+    RuleError,
+    ShapeError,
+    SortedKernelsError,
+    SpaceError,
+    StrideError,
+)
+from sorted_kernels.models import count_flops, count_parameters, elasticize, export
+from sorted_kernels.nn import activate, active
+from sorted_kernels.ops import embedding, layer_norm, linear, rms_norm
+from sorted_kernels.staircase import Staircase
 from sorted_kernels.submodel import Submodel, SubmodelSpace
 
-__all__ = ["Submodel", "SubmodelSpace"]
+__all__ = [
+    "CheckpointError",
+    "DTypeError",
+    "DependencyError",
+    "DeviceError",
+    "DimensionError",
+    "GradientError",
+    "OptionError",
+    "RuleError",
+    "ShapeError",
+    "SortedKernelsError",
+    "SpaceError",
+    "Staircase",
+    "StrideError",
+    "Submodel",
+    "SubmodelSpace",
+    "activate",
+    "active",
+    "count_flops",
+    "count_parameters",
+    "elasticize",
+    "embedding",
+    "export",
+    "layer_norm",
+    "linear",
+    "nn",
+    "rms_norm",
+]

@@ -1,4 +1,4 @@
-"""The only reader of ``SORTED_KERNELS_*`` environment variables (and of Triton's interpreter flag)."""
+"""The only reader of ``SORTED_KERNELS_*`` environment variables and of Triton's own flag."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _flag(name: str) -> bool:
 
 
 def experimental() -> bool:
-    """Whether kernels that no GPU run has passed may be chosen (``SORTED_KERNELS_EXPERIMENTAL``)."""
+    """Whether kernels that no GPU run has passed may run (``SORTED_KERNELS_EXPERIMENTAL``)."""
     return _flag("SORTED_KERNELS_EXPERIMENTAL")
 
 

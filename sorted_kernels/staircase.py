@@ -1,4 +1,4 @@
-"""Staircase: a union of origin-anchored rectangles, the part of a matrix that a step has touched."""
+"""Staircase: a union of origin-anchored rectangles, what a step has touched of a matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Staircase:
         self.corners: list[tuple[int, int]] = []
 
     def add(self, m: int, k: int) -> None:
-        """Cover the rectangle ``[:m, :k]`` (counts are taken as given: callers have checked them)."""
+        """Cover the rectangle ``[:m, :k]`` (counts that callers have checked)."""
         corners = self.corners
         if not corners:
             corners.append((m, k))

@@ -1,1 +1,19 @@
+"""Existing models made elastic, sub-models cut out of them, and their costs."""
 
+from sorted_kernels.models.elasticize import elasticize
+from sorted_kernels.models.export import count_flops, count_parameters, export
+from sorted_kernels.models.residual_mlp import (
+    RESIDUAL_MLP_RULES,
+    ResidualMLP,
+    elastic_residual_mlp,
+)
+
+__all__ = [
+    "RESIDUAL_MLP_RULES",
+    "ResidualMLP",
+    "count_flops",
+    "count_parameters",
+    "elastic_residual_mlp",
+    "elasticize",
+    "export",
+]

@@ -1,1 +1,20 @@
+"""Layers with elastic axes, and the switch between the sub-models of a model."""
 
+from sorted_kernels.nn.activation import activate, active, current, dimensions
+from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
+from sorted_kernels.nn.module_list import ModuleList, Sequential
+
+__all__ = [
+    "ElasticAxis",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "ModuleList",
+    "RMSNorm",
+    "Sequential",
+    "activate",
+    "active",
+    "current",
+    "dimensions",
+]

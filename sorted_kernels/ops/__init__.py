@@ -1,1 +1,8 @@
+"""Operations over the prefixes of shared weights: one file an op family."""
 
+from sorted_kernels.ops.embedding import embedding
+from sorted_kernels.ops.layer_norm import layer_norm
+from sorted_kernels.ops.linear import linear
+from sorted_kernels.ops.rms_norm import rms_norm
+
+__all__ = ["embedding", "layer_norm", "linear", "rms_norm"]

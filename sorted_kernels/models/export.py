@@ -1,0 +1,119 @@
+"""Stand-alone models and costs of a sub-model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sorted_kernels.models.elasticize import PLAIN
+from sorted_kernels.nn.activation import DECLARED, active, forget_plan
+from sorted_kernels.nn.layers import ElasticModule
+from sorted_kernels.nn.module_list import DepthContainer
+from sorted_kernels.ops.backend import reference_only
+from sorted_kernels.submodel import Submodel
+
+
+def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
+    """A stand-alone model of one sub-model's size.
+
+    Every elastic module becomes the ``torch.nn`` module that it was made from, with contiguous
+    copies of the active slices; inactive blocks are gone; everything else is a deep copy. The
+    class of the model and parameters that modules share stay as they were.
+
+    Args:
+        model: An elastic model.
+        submodel: The sub-model to cut out.
+
+    Raises:
+        DimensionError: The sub-model does not fit the model.
+    """
+    with active(model, submodel):
+        memo: dict[int, Any] = {}
+        shared: dict[tuple[int, torch.Size], torch.nn.Parameter] = {}
+        for module in active_modules(model):
+            if isinstance(module, ElasticModule):
+                memo[id(module)] = _plain_layer(module, shared)
+        # Innermost lists first: copying an outer one then finds the inner ones done.
+        lists = [m for m in active_modules(model) if isinstance(m, DepthContainer)]
+        for blocks in reversed(lists):
+            kept = [copy.deepcopy(block, memo) for block in blocks.active_blocks()]
+            kind = PLAIN[type(blocks)]
+            memo[id(blocks)] = kind(*kept) if kind is torch.nn.Sequential else kind(kept)
+        exported = copy.deepcopy(model, memo)
+    forget_plan(exported)
+    for module in exported.modules():
+        module.__dict__.pop(DECLARED, None)
+    return exported
+
+
+def _plain_layer(
+    module: ElasticModule, shared: dict[tuple[int, torch.Size], torch.nn.Parameter]
+) -> torch.nn.Module:
+    layer = module.plain()
+    for name, param in list(layer._parameters.items()):
+        source = module._parameters[name]
+        if param is not None and source is not None:
+            setattr(layer, name, shared.setdefault((id(source), param.shape), param))
+    return layer
+
+
+def active_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Every module that the active sub-model has, outer before inner, each once."""
+    seen: dict[int, torch.nn.Module] = {}
+
+    def visit(current: torch.nn.Module) -> None:
+        if id(current) in seen:
+            return
+        seen[id(current)] = current
+        deep = isinstance(current, DepthContainer)
+        for child in current.active_blocks() if deep else current.children():
+            visit(child)
+
+    visit(module)
+    return list(seen.values())
+
+
+def count_parameters(model: torch.nn.Module, submodel: Submodel) -> int:
+    """Parameters of a sub-model; one that modules share counts once."""
+    counts: dict[int, int] = {}
+    with active(model, submodel):
+        for module in active_modules(model):
+            shapes = module.active_shapes() if isinstance(module, ElasticModule) else {}
+            for name, param in module._parameters.items():
+                if param is not None:
+                    counts[id(param)] = torch.Size(shapes.get(name, param.shape)).numel()
+    return sum(counts.values())
+
+
+def count_flops(
+    model: torch.nn.Module,
+    submodel: Submodel,
+    input_shape: tuple[int, ...] | Tensor,
+) -> int:
+    """Floating-point operations of one forward; a multiply-add counts 2.
+
+    Matrix products, convolutions and attention are counted, as by
+    ``torch.utils.flop_counter``; element-wise work is not. Runs on fake tensors: nothing is
+    computed.
+
+    Args:
+        model: An elastic model.
+        submodel: The sub-model to count.
+        input_shape: Shape of the input, batch axis included (float32 then), or an example input.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    counter = FlopCounterMode(display=False)
+    with active(model, submodel), reference_only(), torch.no_grad(), fake, counter:
+        if isinstance(input_shape, Tensor):
+            example = input_shape.to(device)
+        else:
+            example = torch.empty(input_shape, device=device)
+        model(example)
+    return counter.get_total_flops()

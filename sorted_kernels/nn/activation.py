@@ -1,0 +1,153 @@
+"""Choosing the active sub-model of a model: a few integers change, and no weight is touched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sorted_kernels.errors import DimensionError
+from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.submodel import Submodel
+
+_PLAN = "_elastic_plan"
+DECLARED = "_elastic_dimensions"
+"""Attribute under which ``elasticize`` keeps full sizes that it was given."""
+
+
+class Plan:
+    """The elastic axes below a module, by dimension, and what each sub-model sets them to.
+
+    Args:
+        model: The module to look through.
+
+    Raises:
+        DimensionError: Two declarations of a dimension's full size differ, or none was made and
+            its axes' full sizes differ.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        named: dict[str, list[tuple[str, ElasticAxis]]] = {}
+        declared: dict[str, int] = {}
+        for path, module in model.named_modules():
+            axes = getattr(module, "axes", None)
+            for name, axis in axes.items() if isinstance(axes, dict) else ():
+                if axis.dimension is not None:
+                    label = f"{path}.{name}" if path else name
+                    named.setdefault(axis.dimension, []).append((label, axis))
+            for name, full in _declared_by(module).items():
+                if declared.setdefault(name, full) != full:
+                    raise DimensionError(
+                        f"dimension {name!r} is declared as {declared[name]} and, by "
+                        f"{path or 'the model'}, as {full}"
+                    )
+        self.axes = {name: [axis for _, axis in pairs] for name, pairs in named.items()}
+        self.full = {name: declared.get(name) or _agreed(name, pairs)
+                     for name, pairs in named.items()}  # fmt: skip
+        self.current = Submodel(**self.full) if self.full else None
+        self._settings: dict[Submodel, list[tuple[ElasticAxis, int, torch.Tensor]]] = {}
+
+    def apply(self, submodel: Submodel) -> None:
+        """Set every axis; the list of settings of a sub-model is worked out once."""
+        settings = self._settings.get(submodel)
+        if settings is None:
+            settings = self._settings[submodel] = self._work_out(submodel)
+        for axis, size, probe in settings:
+            axis.active = size
+            axis.probe = probe
+        self.current = submodel
+
+    def _work_out(self, submodel: Submodel) -> list[tuple[ElasticAxis, int, torch.Tensor]]:
+        for name, size in submodel.items():
+            if name not in self.full:
+                raise DimensionError(
+                    f"dimension {name!r} is unknown here; the model has {list(self.full)}"
+                )
+            if size > self.full[name]:
+                raise DimensionError(f"{name}={size} is not in 1..{self.full[name]}")
+        settings = []
+        for name, full in self.full.items():
+            count = submodel.get(name, full)
+            for axis in self.axes[name]:
+                size = axis.scaled(count, full)
+                settings.append((axis, size, axis.probe_of(size)))
+        return settings
+
+
+def _declared_by(module: torch.nn.Module) -> dict[str, int]:
+    own: Any = getattr(module, "dimensions", None)
+    declared = dict(own) if isinstance(own, dict) else {}
+    return {**declared, **module.__dict__.get(DECLARED, {})}
+
+
+def _agreed(name: str, pairs: list[tuple[str, ElasticAxis]]) -> int:
+    sizes = {axis.full for _, axis in pairs}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{label} has {axis.full}" for label, axis in pairs[:6])
+        raise DimensionError(
+            f"the axes of dimension {name!r} disagree on its full size ({listed}); declare it, "
+            f"e.g. dimensions={{{name!r}: {max(sizes)}}}, and each axis follows in proportion"
+        )
+    return sizes.pop()
+
+
+def plan_of(model: torch.nn.Module) -> Plan:
+    """The model's plan, worked out on first use."""
+    plan = model.__dict__.get(_PLAN)
+    if plan is None:
+        plan = model.__dict__[_PLAN] = Plan(model)
+    return plan
+
+
+def forget_plan(model: torch.nn.Module) -> None:
+    """Have plans worked out anew, after layers were swapped."""
+    for module in model.modules():
+        module.__dict__.pop(_PLAN, None)
+
+
+def dimensions(model: torch.nn.Module) -> dict[str, int]:
+    """Full size of each elastic dimension of a model."""
+    return dict(plan_of(model).full)
+
+
+def current(model: torch.nn.Module) -> Submodel:
+    """The sub-model that is active now.
+
+    Raises:
+        DimensionError: The model has no elastic dimension.
+    """
+    plan = plan_of(model)
+    if plan.current is None:
+        raise DimensionError(
+            f"{type(model).__name__} has no elastic dimension; use sk.elasticize or sk.nn layers"
+        )
+    return plan.current
+
+
+def activate(model: torch.nn.Module, submodel: Submodel) -> None:
+    """Make a sub-model the active one, until the next call.
+
+    Costs microseconds and touches no weight. Dimensions that the sub-model does not name are at
+    their full size. Layers added to the model after its first activation are not seen.
+
+    Args:
+        model: A model made elastic, or any module of ``sk.nn``.
+        submodel: Counts out of each dimension's full size.
+
+    Raises:
+        DimensionError: An unknown dimension, or a size above its full one.
+    """
+    plan_of(model).apply(submodel)
+
+
+@contextlib.contextmanager
+def active(model: torch.nn.Module, submodel: Submodel) -> Iterator[torch.nn.Module]:
+    """Activate a sub-model within a ``with`` block, and what was active before it afterwards."""
+    before = current(model)
+    activate(model, submodel)
+    try:
+        yield model
+    finally:
+        activate(model, before)

@@ -1,0 +1,351 @@
+"""Layers whose parameters are read, and given gradients, only up to their active sizes.
+
+Each is a subclass of the ``torch.nn`` module that it replaces, with the same parameters and
+state_dict; only ``forward`` and the axes are new.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sorted_kernels.errors import OptionError, ShapeError
+from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
+from sorted_kernels.ops.embedding import run_embedding
+from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
+from sorted_kernels.ops.layer_norm import run_layer_norm
+from sorted_kernels.ops.linear import run_linear
+from sorted_kernels.ops.rms_norm import run_rms_norm
+from sorted_kernels.reference.linear import ACTIVATIONS
+
+GRAD_MODES = ("inplace", "dense")
+
+
+def _relu_hook(_module: Any, _args: Any, y: Tensor) -> Tensor:
+    return torch.nn.functional.relu(y)
+
+
+def _gelu_hook(_module: Any, _args: Any, y: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(y)
+
+
+def _silu_hook(_module: Any, _args: Any, y: Tensor) -> Tensor:
+    return torch.nn.functional.silu(y)
+
+
+_ACTIVATION_HOOKS = {"relu": _relu_hook, "gelu": _gelu_hook, "silu": _silu_hook}
+
+
+class ElasticModule(torch.nn.Module):
+    """What all elastic layers share: named axes and the choice of the gradient path."""
+
+    axes: dict[str, ElasticAxis]
+    grad_mode: str
+    _slots: dict[str, GradientSlot]
+
+    def make_elastic(self, grad_mode: str = "inplace", **axes: ElasticAxis) -> None:
+        """Give a module its axes (the constructor and ``elasticize`` call this).
+
+        Args:
+            grad_mode: ``"inplace"`` writes gradients straight into ``param.grad[:m, :k]``;
+                ``"dense"`` leaves full-size gradients to autograd (hooks see them, and they can be
+                differentiated again). Parameters with hooks take the dense path by themselves.
+            **axes: One axis for each name in the class' ``AXES``.
+
+        Raises:
+            OptionError: An unknown ``grad_mode``.
+        """
+        if grad_mode not in GRAD_MODES:
+            raise OptionError(f"grad_mode={grad_mode!r}; allowed are {', '.join(GRAD_MODES)}")
+        self.grad_mode, self.axes = grad_mode, axes
+        for name, axis in axes.items():
+            setattr(self, f"{name}_axis", axis)
+        self._slots = {
+            name: slot_of(param) for name, param in self._parameters.items() if param is not None
+        }
+
+    def _gradient_path(
+        self, weight: Tensor | None, bias: Tensor | None = None
+    ) -> tuple[GradientSlot | None, GradientSlot | None, bool]:
+        """Slots of the parameters that train, and whether gradients go the dense way."""
+        weight_slot = bias_slot = None
+        dense = self.grad_mode == "dense"
+        if weight is not None and weight.requires_grad:
+            weight_slot = self._slot("weight", weight)
+            dense = dense or not in_place_allowed(weight_slot, weight)
+        if bias is not None and bias.requires_grad:
+            bias_slot = self._slot("bias", bias)
+            dense = dense or not in_place_allowed(bias_slot, bias)
+        return weight_slot, bias_slot, dense or (weight_slot is None and bias_slot is None)
+
+    def _slot(self, name: str, param: Tensor) -> GradientSlot:
+        slot = self._slots.get(name)
+        if slot is None or slot.param() is not param:  # the parameter was replaced
+            slot = self._slots[name] = slot_of(param)
+        return slot
+
+    def active_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the active block of each parameter."""
+        raise NotImplementedError
+
+    def stock(self) -> torch.nn.Module:
+        """The ``torch.nn`` module of the active size, on the meta device."""
+        raise NotImplementedError
+
+    def plain(self) -> torch.nn.Module:
+        """A stand-alone ``torch.nn`` module of the active size with contiguous copies."""
+        layer = self.stock()
+        for name, shape in self.active_shapes().items():
+            source = self._parameters[name]
+            if source is not None:
+                block = source.detach()[tuple(slice(size) for size in shape)]
+                copied = block.clone(memory_format=torch.contiguous_format)
+                setattr(layer, name, torch.nn.Parameter(copied, source.requires_grad))
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The stock description and the axes that can change."""
+        moving = [f"{name}=({axis})" for name, axis in self.axes.items() if axis.dimension]
+        return ", ".join([super().extra_repr(), *moving])
+
+
+class Linear(ElasticModule, torch.nn.Linear):
+    """``torch.nn.Linear`` whose features follow named dimensions.
+
+    Args:
+        in_features: K, the stored input features.
+        out_features: M, the stored output features.
+        bias: Whether there is a bias.
+        device: As in torch.
+        dtype: As in torch.
+        in_dim: Dimension of the input features: a name, ``(name, multiple_of)`` or None.
+        out_dim: Dimension of the output features.
+        activation: None, ``"relu"``, ``"gelu"`` or ``"silu"``, fused into the layer.
+        grad_mode: See :meth:`ElasticModule.make_elastic`.
+
+    Shape:
+        (..., active in_features) -> (..., active out_features).
+    """
+
+    AXES = ("in", "out")
+    in_axis: ElasticAxis
+    out_axis: ElasticAxis
+    activation = "none"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        in_dim: AxisSpec = None,
+        out_dim: AxisSpec = None,
+        activation: str | None = None,
+        grad_mode: str = "inplace",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        if activation is not None and activation not in ACTIVATIONS:
+            raise OptionError(f"activation={activation!r}; allowed are {', '.join(ACTIVATIONS)}")
+        self.activation = activation or "none"
+        axes = {"in": ElasticAxis(in_dim, in_features), "out": ElasticAxis(out_dim, out_features)}
+        self.make_elastic(grad_mode, **axes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the active block."""
+        check_width(x, self.in_axis, "Linear")
+        weight, bias = self.weight, self.bias
+        return run_linear(
+            x, weight, bias, self.out_axis.size(), self.activation,
+            *self._gradient_path(weight, bias),
+        )  # fmt: skip
+
+    def active_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight (m, k), bias (m,)."""
+        m, k = self.out_axis.active, self.in_axis.active
+        return {"weight": (m, k), "bias": (m,)}
+
+    def stock(self) -> torch.nn.Module:
+        """A ``torch.nn.Linear`` of the active size, with the fused activation if there is one."""
+        layer = torch.nn.Linear(
+            self.in_axis.active, self.out_axis.active, self.bias is not None, device="meta"
+        )
+        if self.activation != "none":
+            layer.register_forward_hook(_ACTIVATION_HOOKS[self.activation])
+        return layer
+
+
+class LayerNorm(ElasticModule, torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over one last axis that follows a named dimension.
+
+    Args:
+        normalized_shape: K, one number (or a sequence of one).
+        eps: Added to the variance.
+        elementwise_affine: Whether there are scale and shift.
+        bias: Whether there is a shift.
+        device: As in torch.
+        dtype: As in torch.
+        dim: Dimension of the features.
+        grad_mode: See :meth:`ElasticModule.make_elastic`.
+
+    Raises:
+        ShapeError: More than one normalised axis.
+    """
+
+    AXES = ("features",)
+    features_axis: ElasticAxis
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | tuple[int, ...],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        dim: AxisSpec = None,
+        grad_mode: str = "inplace",
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.make_elastic(grad_mode, features=ElasticAxis(dim, one_axis(self)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the active features."""
+        check_width(x, self.features_axis, "LayerNorm")
+        weight, bias = self.weight, self.bias
+        return run_layer_norm(x, weight, bias, self.eps, *self._gradient_path(weight, bias))
+
+    def active_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight and bias (k,)."""
+        k = self.features_axis.active
+        return {"weight": (k,), "bias": (k,)}
+
+    def stock(self) -> torch.nn.Module:
+        """A ``torch.nn.LayerNorm`` of the active width."""
+        return torch.nn.LayerNorm(
+            self.features_axis.active, self.eps, self.elementwise_affine, self.bias is not None,
+            device="meta",
+        )  # fmt: skip
+
+
+class RMSNorm(ElasticModule, torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` over one last axis that follows a named dimension.
+
+    Args:
+        normalized_shape: K, one number (or a sequence of one).
+        eps: Added to the mean square; the dtype's epsilon when None, as in torch.
+        elementwise_affine: Whether there is a scale.
+        device: As in torch.
+        dtype: As in torch.
+        dim: Dimension of the features.
+        grad_mode: See :meth:`ElasticModule.make_elastic`.
+
+    Raises:
+        ShapeError: More than one normalised axis.
+    """
+
+    AXES = ("features",)
+    features_axis: ElasticAxis
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | tuple[int, ...],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        dim: AxisSpec = None,
+        grad_mode: str = "inplace",
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.make_elastic(grad_mode, features=ElasticAxis(dim, one_axis(self)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the active features."""
+        check_width(x, self.features_axis, "RMSNorm")
+        weight = self.weight
+        slot, _, dense = self._gradient_path(weight)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return run_rms_norm(x, weight, eps, slot, dense)
+
+    def active_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight (k,)."""
+        return {"weight": (self.features_axis.active,)}
+
+    def stock(self) -> torch.nn.Module:
+        """A ``torch.nn.RMSNorm`` of the active width."""
+        return torch.nn.RMSNorm(
+            self.features_axis.active, self.eps, self.elementwise_affine, device="meta"
+        )
+
+
+class Embedding(ElasticModule, torch.nn.Embedding):
+    """``torch.nn.Embedding`` whose feature axis follows a named dimension.
+
+    Args:
+        num_embeddings: V, rows.
+        embedding_dim: K, stored features.
+        padding_idx: Row that receives no gradient.
+        device: As in torch.
+        dtype: As in torch.
+        dim: Dimension of the features.
+        grad_mode: See :meth:`ElasticModule.make_elastic`.
+    """
+
+    AXES = ("features",)
+    features_axis: ElasticAxis
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        dim: AxisSpec = None,
+        grad_mode: str = "inplace",
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.make_elastic(grad_mode, features=ElasticAxis(dim, embedding_dim))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Look up the active features."""
+        weight = self.weight
+        slot, _, dense = self._gradient_path(weight)
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        features = self.features_axis.size()
+        return run_embedding(indices, weight, features, padding, slot, dense)
+
+    def active_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight (V, k)."""
+        return {"weight": (self.num_embeddings, self.features_axis.active)}
+
+    def stock(self) -> torch.nn.Module:
+        """A ``torch.nn.Embedding`` of the active width."""
+        return torch.nn.Embedding(
+            self.num_embeddings, self.features_axis.active, self.padding_idx, device="meta"
+        )
+
+
+def check_width(x: Tensor, axis: ElasticAxis, layer: str) -> None:
+    """The input's width is the active one: a model whose axes disagree is found at once."""
+    if x.dim() < 1 or x.shape[-1] != axis.size():
+        raise ShapeError(
+            f"{layer} got x of shape {tuple(x.shape)}; its active input width is "
+            f"{axis.active} of {axis.full}"
+            + (f" (dimension {axis.dimension!r})" if axis.dimension else " (not elastic)")
+        )
+
+
+def one_axis(norm: Any) -> int:
+    """The only normalised axis of a norm."""
+    shape = tuple(norm.normalized_shape)
+    if len(shape) != 1:
+        raise ShapeError(f"normalized_shape={shape}; elastic norms have exactly one axis")
+    return shape[0]

@@ -1,0 +1,87 @@
+"""Argument checks that several ops share. Each error names argument, value and rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sorted_kernels.errors import DeviceError, DTypeError, ShapeError, StrideError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_count(name: str, value: int, limit: int, of: str) -> None:
+    """A size argument: a count from 1 to the parent's size."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise ShapeError(f"{name}={value!r} must be an integer (a count, not a ratio)")
+    if value < 1 or value > limit:
+        raise ShapeError(f"{name}={value} is not in 1..{limit}, the size of {of}")
+
+
+def check_input(x: Tensor, name: str = "x") -> None:
+    """An activation: floating, at least one axis, a last axis of at least one element."""
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ShapeError(f"{name} has shape {tuple(x.shape)}; it needs a last axis of at least 1")
+    if x.dtype not in FLOATS:
+        raise DTypeError(
+            f"{name} has dtype {x.dtype}; allowed are float32, bfloat16, float16, float64"
+        )
+
+
+def check_parameter(param: Tensor, like: Tensor, name: str, dim: int) -> None:
+    """A parent parameter: the rank, device and layout that an op reads in place."""
+    if param.dim() != dim:
+        raise ShapeError(
+            f"{name} has {param.dim()} axes (shape {tuple(param.shape)}); {dim} wanted"
+        )
+    if param.device != like.device:
+        raise DeviceError(f"{name} is on {param.device}, the input on {like.device}")
+    if param.stride(-1) != 1 and param.shape[-1] > 1:
+        raise StrideError(
+            f"{name} has strides {param.stride()}; it is read in place, which needs a unit inner "
+            "stride (pass a contiguous parent, not a transposed one)"
+        )
+
+
+def check_same_dtype(param: Tensor, like: Tensor, name: str) -> None:
+    """A parameter of the input's dtype: weights are never cast silently."""
+    if param.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise DTypeError(
+            f"{name} has dtype {param.dtype}, the input {like.dtype}; convert one of them, or use "
+            "torch.autocast"
+        )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Under ``torch.autocast``, the input in its dtype, as torch's own matrix products have it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def check_affine(x: Tensor, param: Tensor | None, name: str) -> None:
+    """A norm's scale or shift: one axis, at least as long as x's last."""
+    if param is None:
+        return
+    check_parameter(param, x, name, 1)
+    check_same_dtype(param, x, name)
+    if x.shape[-1] > param.shape[0]:
+        raise ShapeError(
+            f"x has {x.shape[-1]} features; {name} has {param.shape[0]} elements at most"
+        )
+
+
+def embed_prefix(prefix: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of ``shape`` that is zero outside its leading block; differentiable."""
+    pads: list[int] = []
+    for have, want in zip(reversed(prefix.shape), reversed(shape), strict=True):
+        pads += [0, want - have]
+    return torch.nn.functional.pad(prefix, pads)
+
+
+def autocast_wide(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Under ``torch.autocast``, norms run in their parameters' dtype, as torch's own do."""
+    if weight is not None and x.dtype != weight.dtype:
+        return x.to(weight.dtype) if torch.is_autocast_enabled(x.device.type) else x
+    return x

@@ -1,0 +1,241 @@
+"""Layer norm over the leading features: schemas, fake kernels, autograd, public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from sorted_kernels.errors import GradientError
+from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
+from sorted_kernels.ops.gradient import ANCHOR, GradientSlot, detached
+from sorted_kernels.ops.library import LIBRARY
+
+LIBRARY.define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight,"
+    " bool need_dx, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation("layer_norm", x).layer_norm(x, weight, bias, eps)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    need_dx: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (..., k), weight (k,) and bias (k,); empty where not needed."""
+    k = x.shape[-1]
+    dw = x.new_empty(k if need_weight else 0)
+    db = x.new_empty(k if need_bias else 0)
+    dx = implementation("layer_norm", x).layer_norm_backward_into(
+        dy, x, mean, rstd, weight, dw if need_weight else None, db if need_bias else None,
+        False, False, need_dx,
+    )  # fmt: skip
+    return x.new_empty(0) if dx is None else dx, dw, db
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("layer_norm", _layer_norm, _device)
+    LIBRARY.impl("layer_norm_backward", _backward, _device)
+
+
+@torch.library.register_fake("sorted_kernels::layer_norm", lib=LIBRARY)
+def _fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    statistics = x.new_empty((*x.shape[:-1], 1), dtype=wide)
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("sorted_kernels::layer_norm_backward", lib=LIBRARY)
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    need_dx: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = x.shape[-1]
+    return (
+        torch.empty_like(x) if need_dx else x.new_empty(0),
+        x.new_empty(k if need_weight else 0),
+        x.new_empty(k if need_bias else 0),
+    )
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        weight_slot: GradientSlot | None,
+        bias_slot: GradientSlot | None,
+        dense: bool,
+        anchor: Tensor | None,
+    ) -> Tensor:
+        run = torch.ops.sorted_kernels.layer_norm if is_compiling() else _layer_norm
+        y, mean, rstd = run(x, weight, bias, eps)
+        _save(ctx, x, weight, bias, eps, mean, rstd)
+        ctx.slots, ctx.dense = (weight_slot, bias_slot), dense
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight_slot, bias_slot = ctx.slots
+        if ctx.dense:
+            for slot in ctx.slots:
+                if slot is not None:
+                    slot.expect(dy.shape[-1])
+            return (*_dense_backward(ctx, dy), *[None] * 5)
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "double backward through gradients that land in place is not possible; give the "
+                "layer grad_mode='dense', or use sk.layer_norm on the parameter"
+            )
+        x, weight, mean, rstd = ctx.saved_tensors
+        if is_compiling():
+            dx, dw, db = torch.ops.sorted_kernels.layer_norm_backward(
+                dy, x, mean, rstd, weight, ctx.needs_input_grad[0],
+                weight_slot is not None, bias_slot is not None,
+            )  # fmt: skip
+            for slot, gradient in ((weight_slot, dw), (bias_slot, db)):
+                if slot is not None:
+                    torch.ops.sorted_kernels.accumulate_prefix(gradient, slot.token, slot.handle)
+            return (dx if ctx.needs_input_grad[0] else None), *[None] * 7
+        k = x.shape[-1]
+        weight_out, add_weight = (None, False) if weight_slot is None else weight_slot.prefix(k)
+        bias_out, add_bias = (None, False) if bias_slot is None else bias_slot.prefix(k)
+        dx = implementation("layer_norm", x).layer_norm_backward_into(
+            dy, x, mean, rstd, weight, weight_out, bias_out, add_weight, add_bias,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return dx, *[None] * 7
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.eps = eps
+    ctx.shapes = tuple(None if p is None else p.shape for p in (weight, bias))
+
+
+def _dense_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    need_dx, need_weight, need_bias = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        dx, dw, db = _differentiable_backward(dy, x, weight, ctx.eps)
+    else:
+        dx, dw, db = torch.ops.sorted_kernels.layer_norm_backward(
+            dy, x, mean, rstd, weight, need_dx, need_weight, need_bias
+        )
+    return (
+        dx if need_dx else None,
+        embed_prefix(dw, ctx.shapes[0]) if need_weight else None,
+        embed_prefix(db, ctx.shapes[1]) if need_bias else None,
+    )
+
+
+def _differentiable_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient as differentiable PyTorch, for double backward: statistics are recomputed."""
+    centred = x - x.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed = centred * scale
+    scaled = dy if weight is None else dy * weight[: x.shape[-1]]
+    inner = (scaled * normed).mean(-1, keepdim=True)
+    dx = (scaled - scaled.mean(-1, keepdim=True) - normed * inner) * scale
+    return dx, (dy * normed).flatten(0, -2).sum(0), dy.flatten(0, -2).sum(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, eps = inputs
+    _save(ctx, x, weight, bias, eps, output[1], output[2])
+
+
+def _op_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_dense_backward(ctx, dy), None)
+
+
+torch.library.register_autograd(
+    "sorted_kernels::layer_norm", _op_backward, setup_context=_setup, lib=LIBRARY
+)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """Layer norm over the last axis with the first k elements of shared affine parameters.
+
+    Args:
+        x: (..., k). float32, bfloat16, float16 or float64.
+        weight: (K,) with K at least k, or None.
+        bias: (K,) with K at least k, or None.
+        eps: Added to the variance.
+
+    Returns:
+        (..., k).
+
+    Raises:
+        ShapeError: k is 0 or above K, or a parameter is not one-dimensional.
+        DTypeError: An unsupported dtype, or two that differ outside autocast.
+        DeviceError: Tensors on different devices.
+        StrideError: A parameter has no unit stride.
+    """
+    return run_layer_norm(x, weight, bias, eps, None, None, True)
+
+
+def run_layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_slot: GradientSlot | None,
+    bias_slot: GradientSlot | None,
+    dense: bool,
+) -> Tensor:
+    """:func:`layer_norm` for layers, whose slots say where gradients land."""
+    x = autocast_wide(x, weight)
+    check_input(x)
+    check_affine(x, weight, "weight")
+    check_affine(x, bias, "bias")
+    if is_compiling():
+        if dense:
+            return torch.ops.sorted_kernels.layer_norm(x, weight, bias, eps)[0]
+    elif not torch.is_grad_enabled():
+        return _layer_norm(x, weight, bias, eps)[0]
+    anchor = None
+    if not dense:
+        weight, bias, anchor = detached(weight), detached(bias), ANCHOR
+    return _LayerNorm.apply(x, weight, bias, eps, weight_slot, bias_slot, dense, anchor)
