@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import sys
 import time
@@ -72,38 +73,46 @@ def evaluate(
     if not submodels:
         raise SpaceError("space is empty; evaluate needs at least one sub-model")
     name, measure, higher = _resolve(metric, higher_is_better)
+    tallies = [_Tally(submodel) for submodel in submodels]
     run = forward or _call
-    target_device = torch.device(device) if device is not None else _device_of(model)
-    sums: list[Any] = [0.0] * len(submodels)
-    counts: list[Any] = [0] * len(submodels)
+    target = torch.device(device) if device is not None else _device_of(model)
     shape = None if input_shape is None else tuple(input_shape)
-    latencies: list[float | None] = [None] * len(submodels)
     first = True
-    with _evaluating(model), _progress_bar(progress, loader, len(submodels)) as advance:
+    with _evaluating(model), _progress_bar(progress, loader, len(tallies)) as advance:
         for batch in loader:
-            inputs, targets = _move(_pair(batch), target_device)
-            for i, submodel in enumerate(submodels):
-                activate(model, submodel)
-                batch_sum, batch_count = measure(run(model, inputs), targets)
-                sums[i], counts[i] = sums[i] + batch_sum, counts[i] + batch_count
-                if first and latency:
-                    latencies[i] = _time_forward(lambda x=inputs: run(model, x), target_device)
-                advance()
+            inputs, targets = _move(_pair(batch), target)
             shape = shape or _sample_shape(inputs)
+            for tally in tallies:
+                activate(model, tally.submodel)
+                tally.add(*measure(run(model, inputs), targets))
+                if first and latency:
+                    tally.latency_ms = _time_forward(run, model, inputs, target)
+                advance()
             first = False
-    if first:
+    if shape is None or first:
         raise OptionError("loader is empty; evaluate needs at least one batch")
-    rows = [
-        Row(
-            submodel,
-            float(sums[i]) / float(counts[i]) if float(counts[i]) else float("nan"),
-            count_parameters(model, submodel),
-            count_flops(model, submodel, shape),
-            latencies[i],
-        )
-        for i, submodel in enumerate(submodels)
-    ]
+    rows = [tally.row(model, shape) for tally in tallies]
     return Results(rows, metric=name, higher_is_better=higher)
+
+
+class _Tally:
+    """What one sub-model has gathered; sums stay on the device, so that it is not waited for."""
+
+    def __init__(self, submodel: Submodel) -> None:
+        self.submodel = submodel
+        self.sum: Any = 0.0
+        self.count: Any = 0
+        self.latency_ms: float | None = None
+
+    def add(self, batch_sum: Any, batch_count: Any) -> None:
+        self.sum, self.count = self.sum + batch_sum, self.count + batch_count
+
+    def row(self, model: torch.nn.Module, shape: tuple[int, ...]) -> Row:
+        count = float(self.count)
+        metric = float(self.sum) / count if count else math.nan
+        parameters = count_parameters(model, self.submodel)
+        flops = count_flops(model, self.submodel, shape)
+        return Row(self.submodel, metric, parameters, flops, self.latency_ms)
 
 
 def accuracy(output: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,8 +167,8 @@ def _resolve(metric: str | Metric, higher: bool | None) -> tuple[str, Metric, bo
 def _check_shapes(output: Any, targets: Any) -> None:
     if not isinstance(output, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise OptionError(
-            f"output is a {type(output).__name__} and targets a {type(targets).__name__}; the named "
-            "metrics take tensors: give forward= to pick the logits, or a function as metric"
+            f"output is a {type(output).__name__} and targets a {type(targets).__name__}; allowed "
+            "are tensors: give forward= to pick the logits, or a function as metric"
         )
     if output.shape[:-1] != targets.shape:
         raise ShapeError(
@@ -188,7 +197,8 @@ def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, (tuple, list)):
-        return type(value)([_move(item, device) for item in value])
+        moved = [_move(item, device) for item in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     if isinstance(value, dict):
         return {key: _move(item, device) for key, item in value.items()}
     return value
@@ -215,12 +225,17 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-def _time_forward(call: Callable[[], Any], device: torch.device) -> float:
-    """Median milliseconds of a call, the device's queue included."""
+def _time_forward(
+    run: Callable[[torch.nn.Module, Any], Any],
+    model: torch.nn.Module,
+    inputs: Any,
+    device: torch.device,
+) -> float:
+    """Median milliseconds of a forward, the device's queue included."""
     times = []
     for repeat in range(_WARM_UP + _REPEATS):
         start = time.perf_counter()
-        call()
+        run(model, inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if repeat >= _WARM_UP:
@@ -242,7 +257,9 @@ def _progress_bar(
     except ImportError:
         yield lambda: None
         return
-    total = len(loader) * submodels if hasattr(loader, "__len__") else None
+    total: int | None = None
+    with contextlib.suppress(TypeError):  # a loader need not know its length
+        total = len(loader) * submodels  # type: ignore[arg-type]
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"Evaluating {submodels} sub-models", total=total)
         yield lambda: bar.advance(task)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from sorted_kernels.errors import CheckpointError, OptionError, SortedKernelsError
 from sorted_kernels.inference.files import replacing
@@ -56,7 +56,7 @@ class Row:
 
 
 class Results:
-    """Rows of an evaluation, sorted by sub-model.
+    """Rows of an evaluation, sorted by the sizes of their sub-models.
 
     ``results[0]`` is a row, and so is ``results[Submodel(depth=4, width=64)]``; ``print(results)``
     shows the table.
@@ -73,20 +73,19 @@ class Results:
     def __init__(
         self, rows: Iterable[Row], *, metric: str = "accuracy", higher_is_better: bool = True
     ) -> None:
-        self.rows = tuple(sorted(rows, key=lambda row: row.submodel))
+        given = list(rows)
+        if not given:
+            raise OptionError("rows is empty; results need at least one sub-model")
+        self.dimensions = names = tuple(given[0].submodel)
+        self._index = {row.submodel: row for row in given}
+        if len(self._index) != len(given):
+            raise OptionError("rows has a sub-model twice")
+        for row in given:
+            if set(row.submodel) != set(names):
+                raise OptionError(f"rows mix dimensions: {row.submodel!r} is among {list(names)}")
+        self.rows = tuple(sorted(given, key=lambda row: [row.submodel[name] for name in names]))
         self.metric = metric
         self.higher_is_better = higher_is_better
-        if not self.rows:
-            raise OptionError("rows is empty; results need at least one sub-model")
-        self.dimensions = tuple(self.rows[0].submodel)
-        self._index = {row.submodel: row for row in self.rows}
-        if len(self._index) != len(self.rows):
-            raise OptionError("rows has a sub-model twice")
-        for row in self.rows:
-            if set(row.submodel) != set(self.dimensions):
-                raise OptionError(
-                    f"rows mix dimensions: {row.submodel!r} stands among {list(self.dimensions)}"
-                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,7 +149,9 @@ class Results:
 
     def format_metric(self, row: Row) -> str:
         """The metric for people: an accuracy in percent, anything else to four digits."""
-        return f"{100 * row.metric:.2f}" if self.metric == "accuracy" else f"{row.metric:.4g}"
+        if self.metric == "accuracy":
+            return f"{100 * row.metric:.2f}"
+        return f"{row.metric:#.4g}".rstrip(".")
 
     @property
     def metric_label(self) -> str:
@@ -285,9 +286,7 @@ def _parse_csv(text: str) -> Results:
         metric, higher, value, parameters, flops, latency = line[count:]
         kinds.add((metric, higher))
         milliseconds = float(latency) if latency else None
-        rows.append(
-            Row(Submodel(**sizes), float(value), int(parameters), int(flops), milliseconds)
-        )
+        rows.append(Row(Submodel(**sizes), float(value), int(parameters), int(flops), milliseconds))
     if len(kinds) != 1 or {higher for _, higher in kinds} - {"True", "False"}:
         raise ValueError(f"it must name one metric and True or False for its sense, not {kinds}")
     ((metric, higher),) = kinds
