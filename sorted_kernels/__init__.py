@@ -1,6 +1,6 @@
 """One set of weights, every network in it, each at its own cost."""
 
-from sorted_kernels import nn
+from sorted_kernels import nn, optim, training
 from sorted_kernels.errors import (
     CheckpointError,
     DependencyError,
@@ -47,5 +47,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "nn",
+    "optim",
+    "training",
     "rms_norm",
 ]

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "bindings/optimizer_args.h"
+#include "bindings/optimizer_call.h"
 
 namespace sorted_kernels {
 namespace {
@@ -32,42 +32,28 @@ void parallel_chunks(const std::vector<Chunk>& chunks, const Update& update) {
   });
 }
 
-void check_known(bool known) {
-  STD_TORCH_CHECK(known, "no kernel for these parameter and gradient dtypes");
-}
-
-void staircase_adamw_cpu(const TensorList params, const TensorList grads, const TensorList exp_avgs,
-                         const TensorList exp_avg_sqs, const TensorList masters,
-                         const std::vector<int64_t> bands, const std::vector<int64_t> steps,
-                         double lr, double beta1, double beta2, double eps, double weight_decay,
-                         bool maximize, bool clear_grads) {
-  const AdamWOptions options{lr, beta1, beta2, eps, weight_decay, maximize, clear_grads};
-  const OptimizerPlan plan =
-      read_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, bands, steps, options);
-  const AdamWLoop loop = optimizer_loops().adamw;
-  check_known(loop(nullptr, nullptr, 0, plan.types, options));
+template <typename Call, typename Loop>
+void run(const Call& call, Loop loop) {
+  const OptimizerPlan& plan = call.plan;
+  STD_TORCH_CHECK(loop(nullptr, nullptr, 0, plan.types, call.options),
+                  "no kernel for these parameter and gradient dtypes");
   parallel_chunks(plan.chunks(kChunkElements), [&](const Chunk* chunks, int64_t count) {
-    loop(plan.tensors.data(), chunks, count, plan.types, options);
+    loop(plan.tensors.data(), chunks, count, plan.types, call.options);
   });
 }
 
-void staircase_sgd_cpu(const TensorList params, const TensorList grads, const TensorList momentums,
-                       const TensorList masters, const std::vector<int64_t> bands, double lr,
-                       double momentum, double weight_decay, bool nesterov, bool maximize,
-                       bool clear_grads) {
-  const SgdOptions options{lr, momentum, weight_decay, nesterov, maximize, clear_grads};
-  const OptimizerPlan plan = read_sgd(params, grads, momentums, masters, bands, options);
-  const SgdLoop loop = optimizer_loops().sgd;
-  check_known(loop(nullptr, nullptr, 0, plan.types, options));
-  parallel_chunks(plan.chunks(kChunkElements), [&](const Chunk* chunks, int64_t count) {
-    loop(plan.tensors.data(), chunks, count, plan.types, options);
-  });
+void staircase_adamw_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  run(AdamWCall(stack), optimizer_loops().adamw);
+}
+
+void staircase_sgd_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  run(SgdCall(stack), optimizer_loops().sgd);
 }
 
 }  // namespace
 }  // namespace sorted_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sorted_kernels, CPU, library) {
-  library.impl("staircase_adamw_", TORCH_BOX(&sorted_kernels::staircase_adamw_cpu));
-  library.impl("staircase_sgd_", TORCH_BOX(&sorted_kernels::staircase_sgd_cpu));
+  library.impl("staircase_adamw_", sorted_kernels::staircase_adamw_cpu);
+  library.impl("staircase_sgd_", sorted_kernels::staircase_sgd_cpu);
 }

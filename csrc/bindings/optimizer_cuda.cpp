@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "bindings/optimizer_args.h"
+#include "bindings/optimizer_call.h"
 #include "kernels/optimizer_launch.h"
 
 // CPU builds of torch lack it, and this library loads there too: weak, so that it may be absent.
@@ -56,48 +56,37 @@ DeviceTables upload(const OptimizerPlan& plan, const std::vector<Chunk>& chunks,
           reinterpret_cast<const Chunk*>(base + record_bytes), int64_t(chunks.size())};
 }
 
-template <typename Launch, typename Options>
-void run(Launch launch, const OptimizerPlan& plan, const Options& options, int32_t device) {
-  const int64_t elements = count_elements(plan.bands);
+template <typename Call, typename Launch>
+void run(const Call& call, Launch launch) {
+  const int64_t elements = count_elements(call.plan.bands);
   if (elements == 0) {
     return;
   }
+  const int32_t device = call.device.index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = current_stream(device);
   STD_TORCH_CHECK(!is_capturing(stream),
                   "a staircase optimizer cannot be captured in a CUDA graph: learning rate, step "
                   "count and staircase are part of the launch");
   const DeviceTables tables =
-      upload(plan, plan.chunks(cuda_chunk_elements(elements, device)), device);
-  const char* error = launch(tables.tensors, tables.chunks, tables.chunk_count, plan.types, options,
-                             device, stream);
+      upload(call.plan, call.plan.chunks(cuda_chunk_elements(elements, device)), device);
+  const char* error = launch(tables.tensors, tables.chunks, tables.chunk_count, call.plan.types,
+                             call.options, device, stream);
   STD_TORCH_CHECK(error == nullptr, "staircase optimizer kernel: ", error);
 }
 
-void staircase_adamw_cuda(const TensorList params, const TensorList grads,
-                          const TensorList exp_avgs, const TensorList exp_avg_sqs,
-                          const TensorList masters, const std::vector<int64_t> bands,
-                          const std::vector<int64_t> steps, double lr, double beta1, double beta2,
-                          double eps, double weight_decay, bool maximize, bool clear_grads) {
-  const AdamWOptions options{lr, beta1, beta2, eps, weight_decay, maximize, clear_grads};
-  const OptimizerPlan plan =
-      read_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, bands, steps, options);
-  run(launch_adamw, plan, options, device_of(params).index);
+void staircase_adamw_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  run(AdamWCall(stack), launch_adamw);
 }
 
-void staircase_sgd_cuda(const TensorList params, const TensorList grads, const TensorList momentums,
-                        const TensorList masters, const std::vector<int64_t> bands, double lr,
-                        double momentum, double weight_decay, bool nesterov, bool maximize,
-                        bool clear_grads) {
-  const SgdOptions options{lr, momentum, weight_decay, nesterov, maximize, clear_grads};
-  const OptimizerPlan plan = read_sgd(params, grads, momentums, masters, bands, options);
-  run(launch_sgd, plan, options, device_of(params).index);
+void staircase_sgd_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  run(SgdCall(stack), launch_sgd);
 }
 
 }  // namespace
 }  // namespace sorted_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sorted_kernels, CUDA, library) {
-  library.impl("native_staircase_adamw_", TORCH_BOX(&sorted_kernels::staircase_adamw_cuda));
-  library.impl("native_staircase_sgd_", TORCH_BOX(&sorted_kernels::staircase_sgd_cuda));
+  library.impl("native_staircase_adamw_", sorted_kernels::staircase_adamw_cuda);
+  library.impl("native_staircase_sgd_", sorted_kernels::staircase_sgd_cuda);
 }

@@ -1,4 +1,4 @@
-// sorted_kernels._host: the planning code, and CUDA kernels behind the host shim, for Python.
+// sorted_kernels._host: the planning code, and the optimizer kernels on host memory, for Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "host/shim_optimizer.h"
+#include "host/host_optimizer.h"
 #include "host/tile_schedule.h"
 
 namespace py = pybind11;
@@ -79,31 +79,27 @@ OperandLists views_of(std::array<Arrays*, kOperands> lists, const std::string& h
   return views;
 }
 
-void check_known(bool known) {
-  if (!known) throw std::invalid_argument("no kernel for these parameter and gradient dtypes");
-}
-
-void run_adamw_kernel(Arrays params, Arrays grads, Arrays exp_avgs, Arrays exp_avg_sqs,
-                      Arrays masters, const Integers& bands, const Integers& steps, double lr,
-                      double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                      bool clear_grads, const std::string& half, int64_t chunk_elements,
-                      unsigned blocks, unsigned threads) {
+void run_adamw(Arrays params, Arrays grads, Arrays exp_avgs, Arrays exp_avg_sqs, Arrays masters,
+               const Integers& bands, const Integers& steps, double lr, double beta1, double beta2,
+               double eps, double weight_decay, bool maximize, bool clear_grads,
+               const std::string& half, const std::string& engine, int64_t chunk_elements,
+               unsigned blocks, unsigned threads) {
   const AdamWOptions options{lr, beta1, beta2, eps, weight_decay, maximize, clear_grads};
   OptimizerPlan plan =
       plan_update(views_of({&params, &grads, &exp_avgs, &exp_avg_sqs, &masters}, half), bands, 2);
   set_bias_corrections(plan, steps, options);
-  check_known(shim_adamw(plan, options, {chunk_elements, blocks, threads}));
+  run_on_host(plan, options, {engine, chunk_elements, blocks, threads});
 }
 
-void run_sgd_kernel(Arrays params, Arrays grads, Arrays momentums, Arrays masters,
-                    const Integers& bands, double lr, double momentum, double weight_decay,
-                    bool nesterov, bool maximize, bool clear_grads, const std::string& half,
-                    int64_t chunk_elements, unsigned blocks, unsigned threads) {
+void run_sgd(Arrays params, Arrays grads, Arrays momentums, Arrays masters, const Integers& bands,
+             double lr, double momentum, double weight_decay, bool nesterov, bool maximize,
+             bool clear_grads, const std::string& half, const std::string& engine,
+             int64_t chunk_elements, unsigned blocks, unsigned threads) {
   const SgdOptions options{lr, momentum, weight_decay, nesterov, maximize, clear_grads};
   const OptimizerPlan plan =
       plan_update(views_of({&params, &grads, &momentums, nullptr, &masters}, half), bands,
                   momentum != 0 ? 1 : 0);
-  check_known(shim_sgd(plan, options, {chunk_elements, blocks, threads}));
+  run_on_host(plan, options, {engine, chunk_elements, blocks, threads});
 }
 
 }  // namespace
@@ -112,7 +108,8 @@ void run_sgd_kernel(Arrays params, Arrays grads, Arrays momentums, Arrays master
 PYBIND11_MODULE(_host, module) {
   using namespace sorted_kernels;
   using namespace pybind11::literals;
-  module.doc() = "Planning code of the kernels, and CUDA kernels run on the CPU, for tests.";
+  module.doc() =
+      "Planning code of the kernels, and optimizer kernels run on host memory, for tests.";
 
   module.def("chunk_table", &chunk_table, "bands"_a, "row_strides"_a, "chunk_elements"_a,
              "Cut bands (tensor, row_begin, row_end, cols) into chunks; returns an int64 array of "
@@ -147,14 +144,15 @@ PYBIND11_MODULE(_host, module) {
       },
       "m"_a, "n"_a, "k"_a, "choice"_a, "The tile schedule as text, a line per tile.");
 
-  module.def("run_adamw_kernel", &run_adamw_kernel, "params"_a, "grads"_a, "exp_avgs"_a,
-             "exp_avg_sqs"_a, "masters"_a, "bands"_a, "steps"_a, "lr"_a, "beta1"_a, "beta2"_a,
-             "eps"_a, "weight_decay"_a, "maximize"_a, "clear_grads"_a, "half"_a = "bfloat16",
-             "chunk_elements"_a = 4096, "blocks"_a = 3, "threads"_a = 32,
-             "Run the CUDA AdamW kernel's body on NumPy arrays (uint16 holds half precision).");
-  module.def("run_sgd_kernel", &run_sgd_kernel, "params"_a, "grads"_a, "momentums"_a, "masters"_a,
-             "bands"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a, "maximize"_a,
-             "clear_grads"_a, "half"_a = "bfloat16", "chunk_elements"_a = 4096, "blocks"_a = 3,
-             "threads"_a = 32,
-             "Run the CUDA SGD kernel's body on NumPy arrays (uint16 holds half precision).");
+  module.def(
+      "run_adamw", &run_adamw, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "masters"_a,
+      "bands"_a, "steps"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "maximize"_a,
+      "clear_grads"_a, "half"_a = "bfloat16", "engine"_a = "simt", "chunk_elements"_a = 4096,
+      "blocks"_a = 3, "threads"_a = 32,
+      "One AdamW step on NumPy arrays (uint16 holds half precision). Engine simt is the CUDA "
+      "kernel's body on emulated threads; portable and avx2 are the CPU loops.");
+  module.def("run_sgd", &run_sgd, "params"_a, "grads"_a, "momentums"_a, "masters"_a, "bands"_a,
+             "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a, "maximize"_a, "clear_grads"_a,
+             "half"_a = "bfloat16", "engine"_a = "simt", "chunk_elements"_a = 4096, "blocks"_a = 3,
+             "threads"_a = 32, "One SGD step on NumPy arrays; see run_adamw.");
 }

@@ -5,8 +5,8 @@
 
 namespace sorted_kernels {
 
-// Chunks of about `elements / chunk target` keep every multiprocessor of `device` busy without
-// making the chunk table long.
+// Chunk size for a call on `elements` elements: small enough to keep every multiprocessor of
+// `device` busy, large enough to keep the chunk table short.
 int64_t cuda_chunk_elements(int64_t elements, int device);
 
 // Enqueue on `stream`. The tables are in device memory and have to stay valid until the kernel has

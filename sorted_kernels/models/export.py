@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sorted_kernels.models.elasticize import PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
@@ -39,6 +38,7 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
                 memo[id(module)] = _plain_layer(module, shared)
         # Innermost lists first: copying an outer one then finds the inner ones done.
         lists = [m for m in active_modules(model) if isinstance(m, DepthContainer)]
+        blocks: DepthContainer
         for blocks in reversed(lists):
             kept = [copy.deepcopy(block, memo) for block in blocks.active_blocks()]
             kind = PLAIN[type(blocks)]
@@ -69,8 +69,10 @@ def active_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
         if id(current) in seen:
             return
         seen[id(current)] = current
-        deep = isinstance(current, DepthContainer)
-        for child in current.active_blocks() if deep else current.children():
+        inner = current.children()
+        if isinstance(current, DepthContainer):
+            inner = iter(current.active_blocks())
+        for child in inner:
             visit(child)
 
     visit(module)
@@ -105,7 +107,9 @@ def count_flops(
         submodel: The sub-model to count.
         input_shape: Shape of the input, batch axis included (float32 then), or an example input.
     """
+    # Imported here: the counter brings Triton along, which takes a second.
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     fake = FakeTensorMode(allow_non_fake_inputs=True)

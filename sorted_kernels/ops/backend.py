@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.util
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
+from sorted_kernels.ops.promotion import promoted
 
 OPS = ("linear", "layer_norm", "rms_norm", "embedding")
-_PACKAGE = Path(__file__).parent.parent
-_PROMOTED = _PACKAGE / "promoted.json"
 
 
 class Choice(NamedTuple):
@@ -34,23 +31,6 @@ class Choice(NamedTuple):
 def has_triton() -> bool:
     """Whether Triton is installed (not whether it can run here)."""
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def promoted(kernel: str) -> bool:
-    """Whether a recorded GPU run has passed this very source of a kernel.
-
-    Args:
-        kernel: Path of its source below the package, for example ``triton/linear.py``.
-    """
-    recorded = json.loads(_PROMOTED.read_text()) if _PROMOTED.is_file() else {}
-    source = _PACKAGE / kernel
-    return source.is_file() and recorded.get(kernel) == digest(source)
-
-
-def digest(source: Path) -> str:
-    """SHA-256 of a kernel's source, the key of its promotion."""
-    return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def choose(op: str, device_type: str) -> Choice:
@@ -74,7 +54,7 @@ def choose(op: str, device_type: str) -> Choice:
         return Choice("reference", "PyTorch on strided views: the CPU path")
     if not has_triton():
         return Choice("reference", "PyTorch on strided views: Triton is not installed")
-    if promoted(f"triton/{op}.py"):
+    if promoted(op):
         return Choice("triton", "passed a recorded GPU run")
     if env.experimental():
         return Choice("triton", "experimental, turned on by SORTED_KERNELS_EXPERIMENTAL")
@@ -84,6 +64,21 @@ def choose(op: str, device_type: str) -> Choice:
 @functools.cache
 def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
+
+
+LEAF_ELEMENTS = 1 << 15
+"""Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
+node that writes the prefix itself (128 KiB of float32: the copy stays in the cache)."""
+
+
+def uses_leaves(op: str, x: Tensor, block: int) -> bool:
+    """Whether a layer leaves an op to autograd's own nodes: small block, no kernel of ours."""
+    return (
+        block <= LEAF_ELEMENTS
+        and not is_compiling()
+        and torch.is_grad_enabled()
+        and implementation(op, x) is _reference(op)
+    )
 
 
 _reference_only = False
@@ -115,4 +110,3 @@ def _reference(op: str) -> ModuleType:
 def reset() -> None:
     """Forget the choices made, so that a changed environment is read again (for tests)."""
     _module.cache_clear()
-    promoted.cache_clear()

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import DTypeError, GradientError
 from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import FLOATS, check_count, check_parameter, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, GradientSlot
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define("embedding(Tensor indices, Tensor weight, SymInt features, SymInt padding_idx)"
@@ -103,10 +103,7 @@ class _Embedding(Function):
                 slot.expect(rows, dy.shape[-1])
             return None, _dense_backward(ctx, dy), *[None] * 5
         if torch.is_grad_enabled():
-            raise GradientError(
-                "double backward through gradients that land in place is not possible; give the "
-                "layer grad_mode='dense', or use sk.embedding on the parameter"
-            )
+            raise GradientError(IN_PLACE_TWICE)
         (indices,) = ctx.saved_tensors
         if is_compiling():
             torch.ops.sorted_kernels.embedding_accumulate(

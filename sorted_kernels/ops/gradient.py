@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from sorted_kernels.errors import StrideError
+from sorted_kernels.errors import GradientError, StrideError
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.staircase import Staircase
 
@@ -28,6 +30,10 @@ A parameter that took part itself would have autograd's own accumulation run for
 to add, which could not be told from a gradient that somebody else computed.
 """
 
+IN_PLACE_TWICE = (
+    "double backward through gradients that land in place is not possible; give the layer "
+    "grad_mode='dense', or call the functional op on the parameter"
+)
 _handles = itertools.count(1)
 _by_param: dict[int, GradientSlot] = {}  # by id(param); an entry dies with its parameter
 _by_handle: dict[int, GradientSlot] = {}
@@ -41,7 +47,8 @@ class GradientSlot:
     """
 
     __slots__ = (
-        "handle", "param", "token", "buffer", "staircase", "expected", "hooked", "__weakref__",
+        "handle", "param", "token", "buffer", "raw", "version", "generation", "staircase",
+        "expected", "hooked", "leaves", "pointer", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -50,14 +57,20 @@ class GradientSlot:
         # neither dropped nor reordered, while the buffer can be attached lazily at run time.
         self.token = torch.zeros(1)
         self.buffer: Tensor | None = None
+        self.raw: Tensor | None = None
+        self.version = 0  # the buffer's version counter when it was last looked at
+        self.generation = 0  # goes up when another tensor becomes the buffer
+        self.leaves: dict[tuple[int, int], Leaf] = {}
+        self.pointer = 0
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
         self.hooked = False
-        key, handle = id(param), self.handle
+        key, handle, leaves = id(param), self.handle, self.leaves
 
         def forget(_: object) -> None:
             _by_param.pop(key, None)
             _by_handle.pop(handle, None)
+            leaves.clear()  # they are views of the parameter's storage
 
         self.param = weakref.ref(param, forget)
 
@@ -81,38 +94,81 @@ class GradientSlot:
         Returns:
             The view, and whether to add to it (True) or to overwrite it (False).
         """
+        accumulate = self.record(m, k)
+        return self.block(m, k), accumulate
+
+    def block(self, m: int, k: int) -> Tensor:
+        """The view ``buffer[:m, :k]`` for writing."""
+        raw = self.raw
+        assert raw is not None
+        return raw[:m] if raw.dim() == 1 else raw[:m, :k]
+
+    def record(self, m: int, k: int) -> bool:
+        """Attach the buffer and cover ``[:m, :k]``; whether its old contents count."""
         param = self.param()
         assert param is not None, "a gradient arrived for a parameter that is gone"
         grad = param.grad
-        if grad is None or grad is not self.buffer:
-            accumulate = self._attach(param, grad, m, k)
-        else:
-            accumulate = bool(self.staircase.corners)
-        self.staircase.add(m, k)
-        buffer = self.buffer
-        assert buffer is not None
-        return (buffer[:m] if buffer.dim() == 1 else buffer[:m, :k]), accumulate
-
-    def _attach(self, param: Tensor, grad: Tensor | None, m: int, k: int) -> bool:
-        """Make ``param.grad`` the buffer; the return value is :meth:`prefix`'s ``accumulate``."""
-        self._watch(param)
-        if grad is not None:  # somebody else's tensor: what it holds is unknown, so all of it
+        if grad is None:
+            self._attach(param, m, k)
+            self.staircase.corners = [(m, k)]
+            return False
+        if grad is not self.buffer:  # somebody else's tensor: what it holds is unknown, so all
             if grad.stride(-1) != 1:
                 raise StrideError(
                     f"param.grad has strides {grad.stride()}; gradients are written in place, "
                     "which needs a unit inner stride"
                 )
-            self.buffer = grad
+            self._watch(param)
+            self._adopt(grad)
             self.staircase.cover_all()
-            return True
+        self.version = grad._version
+        accumulate = bool(self.staircase.corners)
+        self.staircase.add(m, k)
+        return accumulate
+
+    def _attach(self, param: Tensor, m: int, k: int) -> None:
+        """Make the buffer ``param.grad``, zero outside ``[:m, :k]``."""
         buffer = self.buffer
-        if buffer is None or buffer.dtype != param.dtype or buffer.device != param.device:
-            self.buffer = buffer = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        if (
+            buffer is not None
+            and sys.getrefcount(buffer) <= 3  # nobody kept it from an earlier step
+            and buffer.dtype is param.dtype
+            and buffer.device == param.device
+        ):
+            for rows, cols in self.staircase.corners:
+                if rows > m or cols > k:
+                    _clear_outside(self.raw, self.staircase, m, k)
+                    break
         else:
-            _clear_outside(buffer, self.staircase, m, k)
-        self.staircase.clear()
+            self._watch(param)
+            buffer = torch.zeros_like(param, memory_format=torch.contiguous_format)
+            self._adopt(buffer)
         param.grad = buffer
-        return False
+        self.version = buffer._version
+
+    def _adopt(self, buffer: Tensor) -> None:
+        """Take a tensor as the buffer.
+
+        Writes go through an alias with a version counter of its own. So the buffer's counter moves
+        only when somebody else writes, and views of the alias are not mistaken for users.
+        """
+        self.buffer, self.raw = buffer, buffer.data
+        self.generation += 1
+
+    def leaf(self, param: Tensor, m: int, k: int = 1) -> Tensor:
+        """The block ``param[:m, :k]`` as a leaf of autograd's own graph.
+
+        Autograd differentiates it in C++ and hands its gradient to the slot, which copies it into
+        the prefix: less host time than a Python node, one more pass over the block.
+        """
+        pointer = param.data_ptr()
+        if pointer != self.pointer or len(self.leaves) > 256:  # the storage was swapped
+            self.leaves.clear()
+            self.pointer = pointer
+        found = self.leaves.get((m, k))
+        if found is None:
+            found = self.leaves[m, k] = Leaf(self, param, m, k)
+        return found.tensor
 
     def expect(self, m: int, k: int = 1) -> None:
         """Announce that autograd will add a dense gradient that is zero outside ``[:m, :k]``."""
@@ -128,34 +184,79 @@ class GradientSlot:
             param.register_post_accumulate_grad_hook(self._accumulated)
 
     def _accumulated(self, param: Tensor) -> None:
-        if param.grad is None:
+        grad = param.grad
+        if grad is None:
             return
-        if param.grad is not self.buffer:
-            self.buffer = param.grad
+        if grad is not self.buffer:
+            self._adopt(grad)
             self.staircase.clear()
+        elif grad._version == self.version:
+            return  # autograd had nothing to add: a compiled graph's backward ends this way
+        self.version = grad._version
         if self.expected:
             self.staircase.update(self.expected)
             self.expected.clear()
         else:
             self.staircase.cover_all()
 
-    def zero(self, set_to_none: bool) -> None:
-        """Clear the gradient: at once where the staircase is, or lazily by detaching it."""
+    def cleared(self) -> None:
+        """Take note that the covered part of the gradient is being zeroed by somebody else."""
+        self.staircase.clear()
+
+    def zero(self) -> None:
+        """Zero the gradient where the staircase is."""
         param = self.param()
         if param is None or param.grad is None:
             return
         if param.grad is not self.buffer:
-            self.buffer = param.grad
+            self._adopt(param.grad)
             self.staircase.cover_all()
-        if set_to_none:
-            param.grad = None
+        _clear_outside(self.raw, self.staircase, 0, 0)
+        self.staircase.clear()
+
+
+class Leaf:
+    """One block of a parameter that autograd sees as a leaf, whose gradient goes to the slot.
+
+    A hook before the leaf's accumulation takes the gradient and passes nothing on: autograd would
+    first clone it, since the gradient of a strided block comes out of a matrix product transposed.
+    """
+
+    __slots__ = ("tensor", "slot", "m", "k", "node", "out", "generation")
+
+    def __init__(self, slot: GradientSlot, param: Tensor, m: int, k: int) -> None:
+        block = param.detach()
+        self.tensor = (block[:m] if block.dim() == 1 else block[:m, :k]).requires_grad_()
+        self.slot, self.m, self.k = slot, m, k
+        self.generation = -1
+        with torch.enable_grad():
+            # Held, because a leaf keeps its accumulation node, and so the hook, only weakly.
+            edge: Any = self.tensor.view_as(self.tensor).grad_fn
+            self.node = edge.next_functions[0][0]
+        self.node.register_prehook(self.deliver)
+
+    def deliver(self, gradients: tuple[Tensor | None]) -> tuple[None]:
+        """Move the block's gradient into the parameter's."""
+        gradient = gradients[0]
+        if gradient is None:
+            return (None,)
+        if gradient.requires_grad:
+            raise GradientError(IN_PLACE_TWICE)
+        slot = self.slot
+        accumulate = slot.record(self.m, self.k)
+        if self.generation != slot.generation:
+            self.out = slot.block(self.m, self.k)
+            self.generation = slot.generation
+        if accumulate:
+            self.out.add_(gradient)
         else:
-            _clear_outside(param.grad, self.staircase, 0, 0)
-            self.staircase.clear()
+            self.out.copy_(gradient)
+        return (None,)
 
 
-def _clear_outside(buffer: Tensor, staircase: Staircase, m: int, k: int) -> None:
+def _clear_outside(buffer: Tensor | None, staircase: Staircase, m: int, k: int) -> None:
     """Zero what the staircase covers outside ``[:m, :k]``."""
+    assert buffer is not None
     with torch.no_grad():
         for begin, end, cols in staircase.bands():
             if buffer.dim() == 1:
@@ -176,6 +277,11 @@ def slot_of(param: Tensor) -> GradientSlot:
     return slot
 
 
+def slot_if_any(param: Tensor) -> GradientSlot | None:
+    """The slot of a parameter that a layer trains, or None."""
+    return _by_param.get(id(param))
+
+
 def in_place_allowed(slot: GradientSlot, param: Tensor) -> bool:
     """Whether gradients may bypass autograd's accumulation: a leaf that carries no user hook."""
     if not param.is_leaf:
@@ -186,6 +292,13 @@ def in_place_allowed(slot: GradientSlot, param: Tensor) -> bool:
         return False
     hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     return not hooks or len(hooks) <= slot.hooked
+
+
+def prefix_leaf(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) -> Tensor:
+    """The block ``param[:m, :k]`` for autograd's own nodes; a plain view where nothing trains."""
+    if slot is not None:
+        return slot.leaf(param, m, k)
+    return param[:m] if param.dim() == 1 else param[:m, :k]
 
 
 def detached(param: Tensor | None) -> Tensor | None:
@@ -211,16 +324,13 @@ def staircase_of(param: Tensor) -> Staircase:
     return whole
 
 
-def zero_gradient(param: Tensor, set_to_none: bool = True) -> None:
-    """Clear one parameter's gradient at the cost of its staircase (or none: ``set_to_none``)."""
+def zero_gradient(param: Tensor) -> None:
+    """Zero one parameter's gradient, at the cost of its staircase."""
     slot = _by_param.get(id(param))
     if slot is not None:
-        slot.zero(set_to_none)
+        slot.zero()
     elif param.grad is not None:
-        if set_to_none:
-            param.grad = None
-        else:
-            param.grad.zero_()
+        param.grad.zero_()
 
 
 LIBRARY.define("accumulate_prefix(Tensor gradient, Tensor(a!) token, SymInt handle) -> ()")

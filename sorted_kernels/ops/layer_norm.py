@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
-from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.backend import implementation, uses_leaves
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, GradientSlot, detached
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, prefix_leaf
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define(
@@ -112,10 +113,7 @@ class _LayerNorm(Function):
                     slot.expect(dy.shape[-1])
             return (*_dense_backward(ctx, dy), *[None] * 5)
         if torch.is_grad_enabled():
-            raise GradientError(
-                "double backward through gradients that land in place is not possible; give the "
-                "layer grad_mode='dense', or use sk.layer_norm on the parameter"
-            )
+            raise GradientError(IN_PLACE_TWICE)
         x, weight, mean, rstd = ctx.saved_tensors
         if is_compiling():
             dx, dw, db = torch.ops.sorted_kernels.layer_norm_backward(
@@ -216,6 +214,13 @@ def layer_norm(
     return run_layer_norm(x, weight, bias, eps, None, None, True)
 
 
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise what :func:`layer_norm` documents."""
+    check_input(x)
+    check_affine(x, weight, "weight")
+    check_affine(x, bias, "bias")
+
+
 def run_layer_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -226,10 +231,17 @@ def run_layer_norm(
     dense: bool,
 ) -> Tensor:
     """:func:`layer_norm` for layers, whose slots say where gradients land."""
+    if not dense and uses_leaves("layer_norm", x, x.shape[-1]):
+        k = x.shape[-1]
+        scale = None if weight is None else prefix_leaf(weight_slot, weight, k)
+        shift = None if bias is None else prefix_leaf(bias_slot, bias, k)
+        try:
+            return F.layer_norm(x, (k,), scale, shift, eps)
+        except RuntimeError:
+            check_norm(x, weight, bias)  # says what was wrong
+            raise
     x = autocast_wide(x, weight)
-    check_input(x)
-    check_affine(x, weight, "weight")
-    check_affine(x, bias, "bias")
+    check_norm(x, weight, bias)
     if is_compiling():
         if dense:
             return torch.ops.sorted_kernels.layer_norm(x, weight, bias, eps)[0]

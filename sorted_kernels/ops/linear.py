@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, OptionError, ShapeError
-from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.backend import implementation, uses_leaves
 from sorted_kernels.ops.checks import (
     autocast,
     check_count,
@@ -20,7 +20,7 @@ from sorted_kernels.ops.checks import (
     check_same_dtype,
     embed_prefix,
 )
-from sorted_kernels.ops.gradient import ANCHOR, GradientSlot, detached
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, prefix_leaf
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
 
@@ -156,10 +156,7 @@ class _Linear(Function):
                 bias_slot.expect(dy.shape[-1])
             return (*gradients, *[None] * 6)
         if torch.is_grad_enabled():
-            raise GradientError(
-                "double backward through gradients that land in place is not possible; give the "
-                "layer grad_mode='dense', or use sk.linear on the parameter"
-            )
+            raise GradientError(IN_PLACE_TWICE)
         x, weight, _, saved = ctx.saved_tensors
         dz = dy if saved is None else activation_backward(dy, saved, ctx.activation)
         dx = None
@@ -326,6 +323,15 @@ def run_linear(
     dense: bool,
 ) -> Tensor:
     """:func:`linear` for layers, whose slots say where gradients land (``dense``: not there)."""
+    if not dense and uses_leaves("linear", x, out_features * x.shape[-1]):
+        block = prefix_leaf(weight_slot, weight, out_features, x.shape[-1])
+        shift = None if bias is None else prefix_leaf(bias_slot, bias, out_features)
+        try:
+            z = F.linear(x, block, shift)
+        except RuntimeError:
+            check_linear(x, weight, bias, out_features, activation)  # says what was wrong
+            raise
+        return z if activation == "none" else activate(z, activation)
     x = autocast(x)
     check_linear(x, weight, bias, out_features, activation)
     if is_compiling():

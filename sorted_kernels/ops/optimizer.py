@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sorted_kernels import env
 from sorted_kernels.ops.library import LIBRARY, NAMESPACE, load_compiled
+from sorted_kernels.ops.promotion import promoted
 
 _ADAMW = (
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
@@ -57,7 +58,8 @@ def use_native(device_type: str) -> bool:
     """
     if device_type == "cpu":
         return load_compiled()
-    return device_type == "cuda" and env.experimental() and _has_cuda_kernels()
+    allowed = promoted("staircase_optimizer") or env.experimental()
+    return device_type == "cuda" and allowed and _has_cuda_kernels()
 
 
 def _band_views(bands: Sequence[int], *lists: Sequence[Tensor]) -> Iterator[tuple]:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, GradientSlot, detached
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
@@ -81,10 +81,7 @@ class _RMSNorm(Function):
                 slot.expect(dy.shape[-1])
             return (*_dense_backward(ctx, dy), *[None] * 4)
         if torch.is_grad_enabled():
-            raise GradientError(
-                "double backward through gradients that land in place is not possible; give the "
-                "layer grad_mode='dense', or use sk.rms_norm on the parameter"
-            )
+            raise GradientError(IN_PLACE_TWICE)
         x, weight, rstd = ctx.saved_tensors
         need_dx = ctx.needs_input_grad[0]
         if is_compiling():

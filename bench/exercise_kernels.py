@@ -1,0 +1,98 @@
+"""Run each of the library's GPU kernels at small odd sizes: the program to put under a sanitizer.
+
+Memory comes from single allocations, not from torch's pool, so that a sanitizer sees an access
+beyond a tensor's end. Results are compared with the CPU's float64 ones, because a sanitizer says
+nothing of wrong numbers.
+
+``python -m bench.exercise_kernels [--device cuda]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Callable
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import sorted_kernels as sk  # noqa: E402
+from bench.harness import relative_difference  # noqa: E402
+
+ROWS, FEATURES, ACTIVE, TABLE = 37, 75, 53, 29
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # float32: tf32 products are allowed
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: sk.nn.Linear(FEATURES, FEATURES + 6, in_dim="features", out_dim="out"),
+    "linear, gelu": lambda: sk.nn.Linear(
+        FEATURES, FEATURES, in_dim="features", out_dim="features", activation="gelu"
+    ),
+    "layer_norm": lambda: sk.nn.LayerNorm(FEATURES, dim="features"),
+    "rms_norm": lambda: sk.nn.RMSNorm(FEATURES, eps=1e-6, dim="features"),
+    "embedding": lambda: sk.nn.Embedding(TABLE, FEATURES, dim="features"),
+}
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: sk.optim.AdamW(parameters, lr=1e-2, eps=1e-3),
+    "sgd": lambda parameters: sk.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+}
+
+
+def _input(name: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if name == "embedding":
+        return torch.randint(TABLE, (ROWS,), generator=generator)
+    return torch.randn(ROWS, ACTIVE, generator=generator).to(dtype)
+
+
+def train(layer: nn.Module, x: Tensor, optimizer: str) -> list[Tensor]:
+    """Two forward and backward passes and optimizer steps; the output, gradients and weights."""
+    parameters = list(layer.parameters())
+    stepper = OPTIMIZERS[optimizer](parameters)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2):
+        stepper.zero_grad()
+        y = layer(x)
+        y.backward(torch.randn(y.shape, generator=generator).to(y))
+        gradients = [parameter.grad.clone() for parameter in parameters]
+        stepper.step()
+    return [y, *gradients, *parameters]
+
+
+def exercise(name: str, dtype: torch.dtype, optimizer: str, device: torch.device) -> float:
+    """Largest difference of one layer's training on the device from that in float64 on the CPU."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]().to(dtype)
+    exact = copy.deepcopy(layer).double()
+    layer.to(device)
+    for module in (layer, exact):
+        sk.activate(module, sk.Submodel(**dict.fromkeys(sk.nn.dimensions(module), ACTIVE)))
+    x = _input(name, dtype)
+    wide = x if name == "embedding" else x.double()
+    pairs = zip(train(layer, x.to(device), optimizer), train(exact, wide, optimizer), strict=True)
+    return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exercise everything; 0 if all results are right."""
+    parser = argparse.ArgumentParser(prog="python -m bench.exercise_kernels", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args(arguments).device)
+    failures = 0
+    for dtype, tolerance in TOLERANCES.items():
+        for name in LAYERS:
+            for optimizer in OPTIMIZERS:
+                difference = exercise(name, dtype, optimizer, device)
+                wrong = not difference <= tolerance
+                failures += wrong
+                verdict = "WRONG" if wrong else "right"
+                label = f"{name}, {optimizer}, {str(dtype).removeprefix('torch.')}"
+                print(f"{label}: {verdict} (off by {difference:.1e})", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Draw measured rows: speed-up against size, and step time against a sub-model's cost.
+
+``python -m bench.plot OUT_FOLDER FILE.csv [FILE.csv ...]``
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.rows import Row, parse_sizes, read_rows
+
+NAMES = {
+    "B0": "B0: slicing in plain PyTorch",
+    "B1": "B1: views and in-place gradients by hand",
+    "B2": "B2: stand-alone layer of that size",
+    "ours": "sorted_kernels",
+}
+STYLES = {
+    "B0": {"color": "#999999", "marker": "o"},
+    "B1": {"color": "#E69F00", "marker": "s"},
+    "B2": {"color": "#0072B2", "marker": "^"},
+    "ours": {"color": "#D55E00", "marker": "D", "linewidth": 2.2},
+}
+Point = tuple[float, float]
+
+
+def _curves(rows: Iterable[Row], x: Callable[[Row], float]) -> dict[str, list[Point]]:
+    """Median against ``x`` for each provider; a row replaces an earlier one of the same x."""
+    curves: dict[str, dict[float, float]] = {}
+    for row in rows:
+        curves.setdefault(row.provider, {})[x(row)] = row.p50
+    order = [name for name in NAMES if name in curves]
+    return {name: sorted(curves[name].items()) for name in order}
+
+
+def fraction(row: Row) -> float:
+    """Active part of a layer's parameters."""
+    sizes = parse_sizes(row.sizes)
+    return sizes["m"] * sizes["k"] / (sizes["M"] * sizes["K"])
+
+
+def group_of(row: Row) -> tuple[str, ...]:
+    """What stays the same along a curve of layer steps: full size, rows, dtype, cache, device."""
+    sizes = parse_sizes(row.sizes)
+    layer = f"{sizes['M']}x{sizes['K']} layer, {sizes['N']} rows, {row.dtype}"
+    return layer, row.cache, row.device
+
+
+def _grouped(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return {key: group for key, group in groups.items() if len({fraction(r) for r in group}) > 1}
+
+
+def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
+    columns = min(panels, 3)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.0 * lines + 0.9), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for unused in axes[panels:]:
+        unused.set_axis_off()
+    return figure, axes[:panels]
+
+
+def _label_fractions(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks at the measured fractions, written as a part of the width."""
+    axes.set_xticks(values, [f"{value**0.5:.3g}" for value in values])
+    axes.minorticks_off()
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+
+
+def draw_speedup(rows: Iterable[Row]) -> Figure | None:
+    """Speed-up over B0 of a layer's training step against the active width, one panel a problem."""
+    groups = _grouped(row for row in rows if row.kernel == "linear_step")
+    if not groups:
+        return None
+    figure, panels = _figure(len(groups), "Training step of one layer: speed-up over B0")
+    for axes, ((layer, cache, device), group) in zip(panels, groups.items(), strict=True):
+        curves = _curves(group, fraction)
+        naive = dict(curves["B0"])
+        for name, points in curves.items():
+            speedups = [naive[x] / y for x, y in points]
+            axes.plot([x for x, _ in points], speedups, label=NAMES[name], **STYLES[name])
+        axes.set(xscale="log", yscale="log", title=f"{layer}\n{device}, {cache}")
+        axes.set(xlabel="active part of each axis", ylabel="times faster than B0")
+        axes.yaxis.set_major_formatter("{x:g}x")
+        axes.yaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+        _label_fractions(axes, sorted(naive))
+    _legend_below(figure, panels[0])
+    return figure
+
+
+def _draw_against_cost(axes: Axes, rows: list[Row]) -> None:
+    """Step time against operations, and the line on which a part costs its part of the whole."""
+    curves = _curves(rows, lambda row: row.flops / 1e6)
+    for name, points in curves.items():
+        linestyle = "" if rows[0].kernel == "model_step" else "-"
+        style = {**STYLES[name], "linestyle": linestyle}
+        axes.plot(*zip(*points, strict=True), label=NAMES[name], **style)
+    largest, time = curves["B2"][-1]
+    smallest = curves["B2"][0][0]
+    axes.plot(
+        [smallest, largest],
+        [time * smallest / largest, time],
+        color="black",
+        linestyle=":",
+        label="ideal: time in proportion to cost",
+    )
+    axes.set(xscale="log", yscale="log", xlabel="MFLOP a step", ylabel="step time, ms (median)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+
+
+def draw_step_time(rows: Iterable[Row]) -> Figure | None:
+    """Step time against a sub-model's cost: the demo's model and the layers, and the ideal line."""
+    rows = [row for row in rows if row.kernel in ("linear_step", "model_step")]
+    panels: dict[str, list[Row]] = {}
+    for key, group in _grouped(r for r in rows if r.kernel == "linear_step").items():
+        panels["\n".join((key[0], f"{key[2]}, {key[1]}"))] = group
+    for row in rows:
+        if row.kernel == "model_step":
+            title = f"residual MLP, batch {row.size('batch')}\n{row.device}, {row.cache}"
+            panels.setdefault(title, []).append(row)
+    if not panels:
+        return None
+    figure, all_axes = _figure(len(panels), "Training step: time against the sub-model's cost")
+    for axes, (title, group) in zip(all_axes, panels.items(), strict=True):
+        _draw_against_cost(axes, group)
+        axes.set_title(title)
+    _legend_below(figure, all_axes[0])
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write ``speedup.png`` and ``step_time.png`` into the folder."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    options = parser.parse_args(arguments)
+    rows = read_rows(options.files)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("speedup.png", draw_speedup), ("step_time.png", draw_step_time)):
+        figure = draw(rows)
+        if figure is None:
+            print(f"{name}: no rows to draw")
+        else:
+            figure.savefig(options.out / name, dpi=130)
+            print(options.out / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Every problem that is timed, in one place. N rows, M x K full weight, m x k active block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.rows import format_sizes
+
+FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A prefix linear layer: x (N, k), weight (M, K), y (N, m)."""
+
+    N: int
+    M: int
+    K: int
+    m: int
+    k: int
+
+    def __str__(self) -> str:
+        return format_sizes(N=self.N, M=self.M, K=self.K, m=self.m, k=self.k)
+
+    @property
+    def gemm_flops(self) -> int:
+        """Operations of one product, a multiply-add counted as 2; a step has three."""
+        return 2 * self.N * self.m * self.k
+
+
+@dataclass(frozen=True)
+class NormShape:
+    """A norm over the first k of K features: x (N, k)."""
+
+    N: int
+    K: int
+    k: int
+
+    def __str__(self) -> str:
+        return format_sizes(N=self.N, K=self.K, k=self.k)
+
+
+@dataclass(frozen=True)
+class EmbeddingShape:
+    """A look-up of N rows of a (V, K) table, the first k features of each."""
+
+    N: int
+    V: int
+    K: int
+    k: int
+
+    def __str__(self) -> str:
+        return format_sizes(N=self.N, V=self.V, K=self.K, k=self.k)
+
+
+@dataclass(frozen=True)
+class AdamWShape:
+    """An optimizer step over the first (m, k) block of each of several (M, K) parameters."""
+
+    tensors: int
+    M: int
+    K: int
+    m: int
+    k: int
+
+    def __str__(self) -> str:
+        return format_sizes(tensors=self.tensors, M=self.M, K=self.K, m=self.m, k=self.k)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A sub-model of the residual MLP (12 blocks, 8 widths of a hidden size of 256)."""
+
+    batch: int
+    depth: int
+    width: int
+
+    def __str__(self) -> str:
+        return format_sizes(batch=self.batch, depth=self.depth, width=self.width)
+
+
+def _fractions_of(N: int, M: int, K: int) -> list[LinearShape]:
+    return [LinearShape(N, M, K, int(M * f), int(K * f)) for f in FRACTIONS]
+
+
+# Training step of one layer. The first list is the one with goals.
+LINEAR_STEP_CPU = [shape for N in (32, 256) for shape in _fractions_of(N, 2048, 2048)]
+LINEAR_STEP_GPU = [
+    shape for M in (2048, 4096) for N in (512, 4096, 16384) for shape in _fractions_of(N, M, M)
+] + [LinearShape(4096, 4096, 4096, 1001, 999)]
+
+MODEL_STEP = [ModelShape(64, depth, width) for depth, width in ((12, 8), (6, 4), (12, 2), (3, 8))]
+
+# Kernels alone.
+LINEAR_CPU = [LinearShape(64, 1024, 1024, m, m) for m in (128, 511, 1024)]
+LINEAR_GPU = [
+    *(LinearShape(4096, M, M, M, M) for M in (1024, 2048, 4096, 8192)),
+    *(LinearShape(N, 4096, 4096, m, m) for N in (512, 16384) for m in (512, 2048, 4096)),
+    *(LinearShape(4096, M, M, M // 8, M // 8) for M in (2048, 8192)),
+    LinearShape(4096, 4096, 4096, 2047, 2045),
+    LinearShape(513, 1025, 1023, 777, 333),
+]
+NORM_CPU = [NormShape(256, 1024, k) for k in (127, 1024)]
+NORM_GPU = [
+    NormShape(N, K, k)
+    for N, K, k in (
+        (4096, 1024, 1024),
+        (16384, 4096, 512),
+        (16384, 4096, 4096),
+        (4096, 8192, 8192),
+        (4096, 8192, 4097),
+    )
+]
+EMBEDDING_CPU = [EmbeddingShape(1024, 8192, 512, k) for k in (63, 512)]
+EMBEDDING_GPU = [EmbeddingShape(16384, 32768, 4096, k) for k in (512, 2047, 4096)]
+ADAMW_CPU = [AdamWShape(4, 1024, 1024, m, m) for m in (128, 513, 1024)]
+ADAMW_GPU = [
+    *(AdamWShape(8, 4096, 4096, int(4096 * f), int(4096 * f)) for f in FRACTIONS),
+    AdamWShape(8, 4096, 4096, 2047, 1001),
+]
+
+# Host time of a call: so little work that only the way to it is timed.
+HOST_LINEAR = [LinearShape(1, 2048, 2048, 64, 64)]

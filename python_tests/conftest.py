@@ -1,0 +1,30 @@
+"""Shared set-up: Triton's interpreter where there is no GPU, seeds, and the device of the tests."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before Triton is imported anywhere
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that run on the GPU where there is one: by fixture or by module constant."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()) or hasattr(item.module, "DEVICE"):
+            item.add_marker("gpu")

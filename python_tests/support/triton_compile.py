@@ -1,0 +1,257 @@
+"""Compile every Triton kernel for a real GPU architecture, on a machine that has no GPU.
+
+``compile_kernels`` starts this file in a process where the interpreter is off. There the public
+functions are called on small CPU tensors, while the launch of a kernel only compiles it: what is
+compiled has exactly the argument types, flags and tilings that a launch on a GPU would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What the compiler made of one kernel.
+
+    Attributes:
+        name: The kernel's function.
+        case: What was compiled: sizes, tiling, dtype.
+        dtype: Of the tensors.
+        registers: A thread's.
+        spills: Bytes of a thread's stack; a kernel without spills has none.
+        shared_memory: Bytes of a block.
+        num_warps: Warps of a block.
+        instructions: Those of interest that the PTX has: mma.sync, wgmma, cp.async.16 and so on.
+    """
+
+    name: str
+    case: str
+    dtype: str
+    registers: int
+    spills: int
+    shared_memory: int
+    num_warps: int
+    instructions: list[str]
+
+
+_PATTERNS = {
+    "mma.sync": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "cp.async.16": r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10",
+    "ld.global.v4": r"ld\.global\S*\.v4",
+    "atom": r"\b(?:atom|red)\.global",
+}
+
+
+def compile_kernels(capability: int, dtypes: tuple[str, ...] = DTYPES) -> list[CompiledKernel]:
+    """Compile all cases for sm_``capability`` in a process of its own."""
+    rows = json.loads(_run_alone("kernels", str(capability), *dtypes))
+    return [CompiledKernel(**row) for row in rows]
+
+
+def count_variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
+    """How often each matrix kernel is compiled when linear runs with these sizes (N, m, k)."""
+    return json.loads(_run_alone("variants", json.dumps(sizes)))
+
+
+def _run_alone(*arguments: str) -> str:
+    """Run this file where the interpreter is off; what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        raise RuntimeError(f"{arguments} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]]:
+    """Every tiling that the architecture gets, for aligned and for odd sizes.
+
+    Of float16 only one, here and below: its code differs from bfloat16's in a few conversions.
+    """
+    import torch
+
+    from sorted_kernels.triton import gemm_config, launch, linear
+
+    memory = SHARED_MEMORY[capability]
+    limits = launch.DeviceLimits(1, memory, large_tiles=capability == 90)
+    configs = gemm_config.FLOAT_CONFIGS if dtype == torch.float32 else gemm_config.HALF_CONFIGS
+    weight, bias = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, dtype=dtype)
+
+    def run(function, config, m, k):
+        x, dy = torch.zeros(64, 256, dtype=dtype)[:, :k], torch.zeros(64, 256, dtype=dtype)[:, :m]
+        if function == "forward":
+            linear.linear(x, weight, bias, m, "gelu", True, config=config)
+        elif function == "dgrad":
+            linear.linear_dgrad(dy, weight, k, config=config)
+        else:
+            linear.linear_wgrad_into(dy, x, weight[:m, :k], True, config=config)
+
+    cases = []
+    for config in configs if dtype != torch.float16 else configs[1:2]:
+        tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+        for m, k in [(128, 64), (127, 65)]:
+            if not gemm_config.config_supports(config, dtype, limits, m % 16 == k % 16 == 0):
+                continue
+            if dtype == torch.float32 and config is configs[1] and m == 128:
+                fast = dataclasses.replace(config, input_precision="tf32")
+                cases.append((f"forward {tile} tf32", lambda c=fast: run("forward", c, 128, 64)))
+            for function in ("forward", "dgrad", "wgrad"):
+                label = f"{function} {tile} {'odd' if m % 2 else 'aligned'}"
+                cases.append((label, lambda f=function, c=config, m=m, k=k: run(f, c, m, k)))
+    return cases
+
+
+def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
+    """Norms at the widths where the tiling changes, column sums, embedding."""
+    import torch
+
+    from sorted_kernels.triton import embedding, layer_norm, linear, rms_norm
+
+    weight = torch.zeros(16384, dtype=dtype)
+
+    def layer(k):
+        x, rows = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1)
+        layer_norm.layer_norm(x, weight, weight, 1e-5)
+        layer_norm.layer_norm_backward_into(
+            x, x, rows, rows, weight, weight[:k], weight[:k], True, True
+        )
+
+    def rms(k):
+        x, rows = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1)
+        rms_norm.rms_norm(x, weight, 1e-5)
+        rms_norm.rms_norm_backward_into(x, x, rows, weight, weight[:k], True)
+
+    def sums(k):
+        linear.bias_grad_into(torch.zeros(4, k, dtype=dtype), weight[:k], True)
+
+    def lookup(k):
+        indices, table = torch.zeros(4, dtype=torch.int64), weight.view(16, 1024)
+        embedding.embedding(indices, table, k)
+        embedding.embedding_backward_into(
+            torch.zeros(4, k, dtype=dtype), indices, table[:, :k], True
+        )
+
+    cases = []
+    for function, widths in (
+        (layer, (63, 768, 4095, 8191, 8192, 16384)),
+        (rms, (64, 8192, 16384)),
+        (sums, (63, 64)),
+        (lookup, (63, 768)),
+    ):
+        for k in widths if dtype != torch.float16 else widths[-1:]:
+            cases.append((f"{function.__name__} {k}", lambda f=function, k=k: f(k)))
+    return cases
+
+
+class _TargetDriver:
+    """Stands in for the CUDA driver where there is none: says which GPU to compile for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread, as cuobjdump reads them from the binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump names no registers: {text!r}")
+    return int(usage[1]), int(usage[2])
+
+
+def _compile_instead_of_launching(capability: int, seen: Callable[..., None]) -> None:
+    """Make launches compile, and hand the kernel's name and what became of it to ``seen``."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_TargetDriver(capability))
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        seen(self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+
+
+def _kernels(capability: int, dtypes: list[str]) -> list[dict]:
+    import torch
+
+    rows: dict[str, CompiledKernel] = {}
+    label, dtype_name = "", ""
+
+    def seen(name, kernel):
+        if kernel.hash in rows:
+            return
+        registers, stack = _resources(kernel.asm["cubin"])
+        found = [key for key, text in _PATTERNS.items() if re.search(text, kernel.asm["ptx"])]
+        rows[kernel.hash] = CompiledKernel(
+            name, label, dtype_name, registers, stack,
+            kernel.metadata.shared, kernel.metadata.num_warps, found,
+        )  # fmt: skip
+
+    _compile_instead_of_launching(capability, seen)
+    for dtype_name in dtypes:
+        dtype = getattr(torch, dtype_name)
+        for label, call in _gemm_cases(dtype, capability) + _row_cases(dtype):  # noqa: B007
+            call()
+    return [asdict(row) for row in rows.values()]
+
+
+def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
+    import torch
+
+    from sorted_kernels.triton import gemm_config, linear
+
+    hashes: dict[str, set[str]] = {}
+    _compile_instead_of_launching(
+        90, lambda name, kernel: hashes.setdefault(name, set()).add(kernel.hash)
+    )
+    weight, x, dy = torch.zeros(3, 256, 256, dtype=torch.bfloat16)
+    for n, m, k in sizes:
+        config = gemm_config.HALF_CONFIGS[2]
+        linear.linear(x[:n, :k], weight, None, m, "none", False, config=config)
+        linear.linear_dgrad(dy[:n, :m], weight, k, config=config)
+        linear.linear_wgrad_into(dy[:n, :m], x[:n, :k], weight[:m, :k], True, config=config)
+    return {name: len(variants) for name, variants in hashes.items()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kernels":
+        print(json.dumps(_kernels(int(sys.argv[2]), sys.argv[3:])))
+    else:
+        print(json.dumps(_variants(json.loads(sys.argv[2]))))

@@ -1,0 +1,63 @@
+"""Which kernels a recorded GPU run has passed, by a digest of their sources.
+
+``promoted.json`` maps a kernel to the digest that its sources had in a run whose log is committed
+under ``bench/results/``. Change a source, and the kernel is experimental again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent.parent
+RECORD = PACKAGE / "promoted.json"
+MANIFEST = PACKAGE / "_build.json"
+"""Written by the build: what was compiled, with the digests of the compiled sources."""
+
+_TRITON = ("triton/device.py", "triton/launch.py")
+SOURCES: dict[str, tuple[str, ...]] = {
+    "linear": (
+        *_TRITON, "triton/linear.py", "triton/gemm.py", "triton/gemm_config.py",
+        "triton/column_sum.py",
+    ),
+    "layer_norm": (*_TRITON, "triton/layer_norm.py", "triton/norm.py", "triton/column_sum.py"),
+    "rms_norm": (*_TRITON, "triton/rms_norm.py", "triton/norm.py", "triton/column_sum.py"),
+    "embedding": (*_TRITON, "triton/embedding.py"),
+    "staircase_optimizer": (
+        "csrc/kernels/optimizer.cu", "csrc/kernels/optimizer_kernel.cuh",
+        "csrc/common/optimizer_update.h", "csrc/common/optimizer_table.h",
+        "csrc/common/half_types.h", "csrc/common/macros.h",
+    ),
+}  # fmt: skip
+"""Every GPU kernel family, and what its digest covers."""
+
+
+def manifest() -> dict[str, Any]:
+    """What the build wrote about itself; empty where nothing was compiled."""
+    return json.loads(MANIFEST.read_text()) if MANIFEST.is_file() else {}
+
+
+@functools.cache
+def digest(kernel: str) -> str | None:
+    """SHA-256 over a kernel's sources; None if one of them was not compiled here."""
+    compiled = manifest().get("sources", {})
+    total = hashlib.sha256()
+    for name in SOURCES[kernel]:
+        if name.startswith("csrc/"):
+            if name not in compiled:
+                return None
+            part = compiled[name]
+        else:
+            part = hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest()
+        total.update(f"{name} {part}\n".encode())
+    return total.hexdigest()
+
+
+@functools.cache
+def promoted(kernel: str) -> bool:
+    """Whether a recorded GPU run has passed these very sources."""
+    recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    return kernel in recorded and recorded[kernel] == digest(kernel)

@@ -1,0 +1,255 @@
+"""What the staircase optimizers share: which part of each parameter a step moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from sorted_kernels.errors import DTypeError, OptionError, ShapeError
+from sorted_kernels.ops.gradient import slot_if_any, staircase_of, zero_gradient
+from sorted_kernels.staircase import Staircase
+
+UPDATES = ("active", "whole")
+_HALF = (torch.bfloat16, torch.float16)
+_WIDE = (torch.float32, torch.float64)
+
+
+class Record:
+    """What the optimizer keeps at hand of one parameter: its slot, and its tensors as a matrix."""
+
+    __slots__ = ("param", "matrix", "inner", "state", "states", "master", "slot")
+
+    def __init__(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
+        self.param, self.state, self.slot = param, state, slot_if_any(param)
+        self.inner = param[0, 0].numel() if param.dim() > 2 else 1
+        self.matrix = as_matrix(param.detach())
+        self.states = [as_matrix(state[name]) for name in names]
+        self.master = as_matrix(state["master"]) if "master" in state else None
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Axes beyond the second joined to the columns, as a view."""
+    return tensor.flatten(1) if tensor.dim() > 2 else tensor
+
+
+class Bucket:
+    """Parameters of one group that share device and dtypes, as the ops take them."""
+
+    __slots__ = ("params", "grads", "masters", "states", "bands", "steps")
+
+    def __init__(self, state_count: int) -> None:
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.masters: list[Tensor] = []
+        self.states: list[list[Tensor]] = [[] for _ in range(state_count)]
+        self.bands: list[int] = []
+        self.steps: list[int] = []
+
+
+class StaircaseOptimizer(torch.optim.Optimizer):
+    """Base of :class:`AdamW` and :class:`SGD`: moves the staircase of each gradient, or all of it.
+
+    bfloat16 and float16 parameters get a float32 master copy and float32 states.
+    """
+
+    STATES: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        update: str,
+        clear_grads: bool,
+    ) -> None:
+        if update not in UPDATES:
+            raise OptionError(f"update={update!r}; allowed are {', '.join(UPDATES)}")
+        for name in ("lr", "weight_decay"):
+            if not defaults[name] >= 0:
+                raise OptionError(f"{name}={defaults[name]!r} must be at least 0")
+        self.update, self.clear_grads = update, clear_grads
+        self._records: dict[Tensor, Record] = {}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient.
+
+        Args:
+            closure: Computes the loss again and returns it, as in torch.
+
+        Raises:
+            DTypeError: A sparse gradient, or a parameter that is not floating.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for bucket in self._collect(group):
+                self._apply(group, bucket)
+                increment_version(bucket.params)
+        return loss
+
+    def _apply(self, group: dict[str, Any], bucket: Bucket) -> None:
+        raise NotImplementedError
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.STATES
+
+    def _collect(self, group: dict[str, Any]) -> Iterable[Bucket]:
+        """Gather gradients, states and bands: the host time of a step."""
+        names = self._state_names(group)
+        buckets: dict[tuple[torch.device, torch.dtype, torch.dtype], Bucket] = {}
+        bucket, bucket_key = Bucket(len(names)), None
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            record = self._records.get(param)
+            if record is None or record.matrix.data_ptr() != param.data_ptr():
+                record = self._make_record(param, grad, names)
+            slot = record.slot
+            if slot is not None and grad is not slot.buffer:
+                slot = None  # this gradient came another way
+            if self.update == "whole":
+                corners = [(param.shape[0], param.shape[1] if param.dim() > 1 else 1)]
+            else:
+                corners = (slot.staircase if slot is not None else staircase_of(param)).corners
+                if not corners:
+                    continue
+            key = (param.device, param.dtype, grad.dtype)
+            if key != bucket_key:
+                bucket_key = key
+                bucket = buckets.setdefault(key, Bucket(len(names)))
+            index, begin, inner = len(bucket.params), 0, record.inner
+            bucket.params.append(record.matrix)
+            bucket.grads.append(grad if inner == 1 else as_matrix(grad))
+            for held, tensor in zip(bucket.states, record.states):  # noqa: B905  (hot loop)
+                held.append(tensor)
+            if record.master is not None:
+                bucket.masters.append(record.master)
+            step = record.state["step"] = record.state["step"] + 1
+            bucket.steps.append(step)
+            for rows, cols in reversed(corners):
+                bucket.bands += (index, begin, rows, cols * inner)
+                begin = rows
+            if self.clear_grads and slot is not None:
+                slot.cleared()
+        return buckets.values()
+
+    def _make_record(self, param: Tensor, grad: Tensor, names: tuple[str, ...]) -> Record:
+        state = self.state[param]
+        if not state:
+            _check(param, grad)
+            self._init_state(param, state, names)
+        record = self._records[param] = Record(param, state, names)
+        return record
+
+    def _init_state(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
+        state["step"] = 0
+        wide = torch.float32 if param.dtype in _HALF else param.dtype
+        for name in names:
+            state[name] = torch.zeros_like(param, dtype=wide, memory_format=_DENSE)
+        if param.dtype in _HALF:
+            state["master"] = param.detach().to(torch.float32, copy=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients at the cost of their staircases (at none when set to None)."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if set_to_none:  # the slot clears its buffer when it is written next
+                    param.grad = None
+                elif param.grad is not None:
+                    zero_gradient(param)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch keeps of an optimizer, and this one's options."""
+        return {
+            **super().__getstate__(), "update": self.update, "clear_grads": self.clear_grads
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._records = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; float32 states and masters of half-precision parameters stay float32."""
+        super().load_state_dict(state_dict)
+        self._records.clear()
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(keys, params, strict=True):
+            saved = state_dict["state"].get(key, {})
+            for name, value in saved.items():
+                if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
+                    self.state[param][name] = value.to(param.device, copy=True)
+
+
+_DENSE = torch.contiguous_format
+
+
+def _check(param: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise DTypeError(f"a gradient has layout {grad.layout}; allowed is torch.strided")
+    if param.dtype not in _HALF + _WIDE:
+        raise DTypeError(
+            f"a parameter has dtype {param.dtype}; allowed are float32, float64, bfloat16, float16"
+        )
+    if param.dim() == 0 or (param.dim() > 2 and not param.is_contiguous()):
+        raise ShapeError(
+            f"a parameter has shape {tuple(param.shape)} and strides {param.stride()}; allowed are "
+            "one or two axes with a unit inner stride, or more that are contiguous"
+        )
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` that reads and scales the staircases only.
+
+    Args:
+        parameters: Parameters with gradients.
+        max_norm: Largest norm allowed for all gradients together.
+        norm_type: Order of the norm, ``math.inf`` included.
+        error_if_nonfinite: Raise where the norm is NaN or infinite.
+
+    Returns:
+        The norm before clipping, a scalar.
+
+    Raises:
+        OptionError: ``max_norm`` is not above 0, or a norm that is not finite was to be an error.
+    """
+    if not max_norm > 0:
+        raise OptionError(f"max_norm={max_norm!r} must be above 0")
+    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    views = [
+        view
+        for param in listed
+        if param.grad is not None
+        for view in _views(param.grad, staircase_of(param))
+    ]
+    if not views:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(view, norm_type) for view in views]
+    device = norms[0].device
+    total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise OptionError(f"the gradients' norm is {total.item()}; it must be finite to be clipped")
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for view in views:
+        view.mul_(scale.to(view.device))
+    return total
+
+
+def _views(grad: Tensor, staircase: Staircase) -> list[Tensor]:
+    grad = grad.detach()
+    if grad.dim() < 2:
+        return [grad[begin:end] if grad.dim() else grad for begin, end, _ in staircase.bands()]
+    return [grad[begin:end, :cols] for begin, end, cols in staircase.bands()]
