@@ -1,0 +1,244 @@
+"""Running a model at rising depths without computing again what earlier runs have computed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sorted_kernels.errors import OptionError
+from sorted_kernels.inference.calls import Call, Equal, Spent, SpentError, tensors
+from sorted_kernels.nn import active
+from sorted_kernels.nn.module_list import DepthContainer
+from sorted_kernels.submodel import Submodel
+
+now = time.perf_counter  # tests put a clock of their own here
+
+
+class Position(torch.nn.Module):
+    """Stands for one block of a depth list: computes the first time, replays from then on.
+
+    A module only in name, so that it may stand in a list; it has none of a module's state, and
+    whatever else it is asked for, its block answers.
+    """
+
+    replay: Replay
+    index: int
+    block: torch.nn.Module
+    call: Call | None
+    runs: int
+
+    def __init__(self, replay: Replay, index: int, block: torch.nn.Module) -> None:
+        self.__dict__.update(replay=replay, index=index, block=block, call=None, runs=0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block gives for these arguments."""
+        replay, call = self.replay, self.call
+        self.runs += 1
+        replay.in_blocks = True
+        if call is None:
+            replay.note_start(args)
+            call = Call(args, kwargs, self.block)
+            if not call.inputs_intact():
+                raise OptionError(f"{self} changes its input in place; {_CANNOT_SHARE_IN_PLACE}")
+            self.call = call
+        elif not call.inputs_intact() or not call.output_intact():
+            raise OptionError(f"the input or output of {self} is changed in place after it ran; "
+                              f"{_CANNOT_SHARE_IN_PLACE}")  # fmt: skip
+        elif not call.had(args, kwargs, replay.equal):
+            raise OptionError(
+                f"{self} gets other arguments at another depth, so exits cannot share its work; "
+                "the model's forward must loop once over the list, first block first"
+            )
+        return call.output
+
+    def __repr__(self) -> str:
+        return f"block {self.index} of {self.replay.name!r}"
+
+
+_CANNOT_SHARE_IN_PLACE = "exits cannot share such work: write x = x + y, not x += y"
+
+
+class Replay:
+    """Runs of one model at rising depths that share the blocks and what comes before them.
+
+    Of the hidden states only the last is kept, unless the first runs show that the model uses
+    others outside its blocks (dense connections, a list of hidden states): then all are.
+
+    Args:
+        model: The model.
+        name: Path of its depth list.
+        blocks: Its depth list.
+    """
+
+    def __init__(self, model: torch.nn.Module, name: str, blocks: DepthContainer) -> None:
+        self.model, self.name, self.blocks = model, name, blocks
+        self.positions = [Position(self, i, b) for i, b in enumerate(blocks.all_blocks())]
+        self.in_blocks = False
+        self.blocks_started = 0.0
+        self.equal: Equal = {}
+        self._wait = self._starting = False
+        self._stems = _outside(model, blocks)
+        self._calls: dict[torch.nn.Module, list[Call]] = {}
+        self._keep_all = False
+        self._trial: dict[Position, Call] = {}  # full calls, until a run did without them
+        self._done = 0
+
+    def run(self, forward: Callable[[], Any], submodel: Submodel, count: int, *, wait: bool) -> Any:
+        """One run of the model with the first ``count`` blocks.
+
+        Args:
+            forward: Runs the model.
+            submodel: What is active meanwhile.
+            count: How many blocks run, at least as many as before; the earlier are replayed.
+            wait: Wait for the device where times are taken.
+
+        Raises:
+            OptionError: The model does not run each block once, or changes a hidden state in
+                place.
+        """
+        self._wait = wait
+        try:
+            output = self._run(forward, submodel, count)
+        except SpentError:
+            if not self._trial:
+                raise
+            for position in self.positions[:count]:
+                position.call = self._trial.get(position)
+            self._trial, self._keep_all = {}, True
+            output = self._run(forward, submodel, count)
+        if wait:
+            synchronize(output)
+        if not self._keep_all:
+            self._forget(count)
+        self._done = count
+        return output
+
+    def _run(self, forward: Callable[[], Any], submodel: Submodel, count: int) -> Any:
+        positions = self.positions[:count]
+        for position in positions:
+            position.runs = 0
+        self.in_blocks, self._starting = False, True
+        with (
+            active(self.model, submodel),
+            self.blocks.play(positions),
+            self._replaying_stems(),
+            torch.inference_mode(False),  # its tensors have no version to tell changes by
+            torch.no_grad(),
+        ):
+            output = forward()
+        self.equal.clear()
+        for position in positions:
+            if position.runs != 1:
+                raise OptionError(
+                    f"the model's forward runs {position} {position.runs} times; exits can share "
+                    "blocks that run exactly once"
+                )
+        if any(isinstance(tensor, Spent) for tensor in tensors(output)):
+            raise SpentError("the model returns hidden states that it did not return before")
+        return output
+
+    def _forget(self, count: int) -> None:
+        """Give up all hidden states but the last; for good once a run did without them."""
+        if self._done > 1:
+            self._trial.clear()
+        trial = self._done <= 1
+        gone: dict[int, Spent] = {}
+        for position in self.positions[max(self._done - 1, 0) : count]:
+            call = position.call
+            if call is not None:
+                if trial:
+                    self._trial[position] = call
+                position.call = call.forgetting(gone, output=position.index < count - 1)
+
+    def note_start(self, args: tuple[Any, ...]) -> None:
+        """Note when a run's first new block starts: from there on its blocks' time counts."""
+        if self._starting:
+            self._starting = False
+            if self._wait:
+                synchronize(args)
+            self.blocks_started = now()
+
+    @contextlib.contextmanager
+    def _replaying_stems(self) -> Iterator[None]:
+        """Have the modules outside the list replay the calls that they get before the blocks."""
+        before = [(module, module.__dict__.get("forward")) for module in self._stems]
+        for module in self._stems:
+            module.__dict__["forward"] = self._replaying(module)
+        try:
+            yield
+        finally:
+            for module, forward in before:
+                if forward is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = forward
+        # Those that did not run before the blocks (the head) need no care in later runs.
+        self._stems = [module for module in self._stems if module in self._calls]
+
+    def _replaying(self, module: torch.nn.Module) -> Callable[..., Any]:
+        """The module's forward, except that before the blocks it replays equal calls."""
+        forward = module.forward
+        earlier = self._calls.get(module, [])
+        made: list[Call] = []
+
+        def replaying(*args: Any, **kwargs: Any) -> Any:
+            if self.in_blocks:
+                return forward(*args, **kwargs)
+            call = earlier[len(made)] if len(made) < len(earlier) else None
+            intact = call is not None and call.inputs_intact() and call.output_intact()
+            if call is None or not intact or not call.had(args, kwargs, self.equal):
+                call = Call(args, kwargs, forward)
+            made.append(call)
+            self._calls[module] = made
+            return call.output
+
+        return replaying
+
+
+def synchronize(value: Any) -> None:
+    """Wait for the devices of the tensors in a value."""
+    for device in {tensor.device for tensor in tensors(value) if tensor.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
+def _outside(model: torch.nn.Module, blocks: DepthContainer) -> list[torch.nn.Module]:
+    """The outermost modules that do not contain the blocks, but for those tied to their depth."""
+    dimension = blocks.depth_axis.dimension if blocks.depth_axis is not None else None
+    found: dict[torch.nn.Module, None] = {}
+
+    def visit(module: torch.nn.Module) -> bool:
+        """Collect below a module; returns whether the blocks are below it."""
+        if module is blocks:
+            return True
+        children = list(module.children())
+        holds = [visit(child) for child in children]
+        if any(holds):
+            for child, has_blocks in zip(children, holds, strict=True):
+                if not has_blocks:
+                    collect(child)
+        return any(holds)
+
+    def collect(module: torch.nn.Module) -> None:
+        if type(module).forward is torch.nn.Module.forward:  # a container: its children are run
+            for child in module.children():
+                collect(child)
+        elif not any(_follows(part, dimension) for part in module.modules()):
+            found[module] = None
+
+    visit(model)
+    return list(found)
+
+
+def _follows(module: torch.nn.Module, dimension: str | None) -> bool:
+    axes = getattr(module, "axes", None)
+    return isinstance(axes, dict) and any(axis.dimension == dimension for axis in axes.values())
