@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from sorted_kernels.errors import SortedKernelsError
 
@@ -18,16 +19,17 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2) from error
-    import click
+    import typer
 
+    usage_error: Any = typer.BadParameter.__base__  # wherever this typer has it from
     try:
         # Not "standalone", so that every failure takes the road below.
         code = app(args=arguments, standalone_mode=False)
     except SortedKernelsError as error:
         _fail(str(error), 2)
-    except click.ClickException as error:
+    except usage_error as error:
         _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     else:
         raise SystemExit(code or 0)
