@@ -1,6 +1,6 @@
 """One set of weights, every network in it, each at its own cost."""
 
-from sorted_kernels import nn, optim, training
+from sorted_kernels import inference, models, nn, optim, training
 from sorted_kernels.errors import (
     CheckpointError,
     DependencyError,
@@ -44,8 +44,10 @@ __all__ = [
     "elasticize",
     "embedding",
     "export",
+    "inference",
     "layer_norm",
     "linear",
+    "models",
     "nn",
     "optim",
     "training",
