@@ -50,6 +50,10 @@ class Call:
             not (kwargs or self.kwargs) or _same(kwargs, self.kwargs, equal)
         )
 
+    def took_spent(self) -> bool:
+        """Whether a spent tensor was among the arguments."""
+        return any(isinstance(tensor, Spent) for tensor in tensors((self.args, self.kwargs)))
+
     def forgetting(self, gone: dict[int, Spent], output: bool) -> Call:
         """The same call with spent tensors in the place of real ones.
 

@@ -193,9 +193,8 @@ _CENTRE: dict[str, Any] = {"ha": "center", "va": "center"}
 def _colours(higher_is_better: bool) -> Any:
     """Light to dark, dark being better; grey where there is no number."""
     matplotlib: Any = require("matplotlib", "plot")
-    colours = matplotlib.colormaps["YlGnBu" if higher_is_better else "YlGnBu_r"].copy()
-    colours.set_bad("#e4e7eb")
-    return colours
+    colours = matplotlib.colormaps["YlGnBu" if higher_is_better else "YlGnBu_r"]
+    return colours.with_extremes(bad="#e4e7eb")
 
 
 def _ink_on(background: tuple[float, float, float, float]) -> str:

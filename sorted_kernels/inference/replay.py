@@ -45,6 +45,8 @@ class Position(torch.nn.Module):
         replay, call = self.replay, self.call
         self.runs += 1
         replay.in_blocks = True
+        if self.runs > 1:
+            raise OptionError(f"the model's forward runs {self} twice; {_ONCE}")
         if call is None:
             replay.note_start(args)
             call = Call(args, kwargs, self.block)
@@ -65,6 +67,7 @@ class Position(torch.nn.Module):
         return f"block {self.index} of {self.replay.name!r}"
 
 
+_ONCE = "exits can share blocks that run exactly once"
 _CANNOT_SHARE_IN_PLACE = "exits cannot share such work: write x = x + y, not x += y"
 
 
@@ -112,8 +115,11 @@ class Replay:
         except SpentError:
             if not self._trial:
                 raise
-            for position in self.positions[:count]:
-                position.call = self._trial.get(position)
+            for position, call in self._trial.items():
+                position.call = call
+            for position in self.positions[self._done : count]:
+                if position.call is not None and position.call.took_spent():
+                    position.call = None
             self._trial, self._keep_all = {}, True
             output = self._run(forward, submodel, count)
         if wait:
@@ -138,11 +144,8 @@ class Replay:
             output = forward()
         self.equal.clear()
         for position in positions:
-            if position.runs != 1:
-                raise OptionError(
-                    f"the model's forward runs {position} {position.runs} times; exits can share "
-                    "blocks that run exactly once"
-                )
+            if position.runs == 0:
+                raise OptionError(f"the model's forward leaves out {position}; {_ONCE}")
         if any(isinstance(tensor, Spent) for tensor in tensors(output)):
             raise SpentError("the model returns hidden states that it did not return before")
         return output
