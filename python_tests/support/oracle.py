@@ -172,12 +172,17 @@ def judged(family: Family, x: Tensor, blocks: Parameters, dy: Tensor) -> tuple[O
 
 
 def assert_within_twice(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """The rule of every numerical test: at most twice torch's own error, plus 1e-6."""
+    """The rule of every numerical test: at most twice torch's own error, plus 1e-6.
+
+    The 1e-6 is of the largest element: in a handful of elements torch's own error is a matter of
+    luck, and may be nothing.
+    """
     assert actual.shape == exact.shape and actual.dtype == plain.dtype, what
     if not exact.numel():
         return
     error = (actual.double() - exact).abs().max().item()
-    allowed = 2 * (plain.double() - exact).abs().max().item() + 1e-6
+    scale = max(1.0, exact.abs().max().item())
+    allowed = 2 * (plain.double() - exact).abs().max().item() + 1e-6 * scale
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
