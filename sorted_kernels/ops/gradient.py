@@ -231,6 +231,9 @@ class GradientSlot:
         if task != self.task:  # left by a backward that did not want this gradient
             self.expected.clear()
             self.task = task
+            grad = param.grad
+            if grad is not None and grad is self.buffer and grad._version != self.version:
+                self._look_again(grad)
         self.expected.append((m, k))
 
     def _watch(self, param: Tensor) -> None:
@@ -248,9 +251,8 @@ class GradientSlot:
         elif grad._version == self.version:
             return  # autograd had nothing to add: a compiled graph's backward ends this way
         self._adopt(grad)
-        announced = self.expected and self.task == torch._C._current_graph_task_id()
-        if announced:
-            self.staircase.update(self.expected)
+        announced = bool(self.expected)  # here, or (double backward) where the graph was made
+        self.staircase.update(self.expected)
         self.expected.clear()
         # Autograd has summed all uses of the parameter: another one than ours may be among them.
         if not announced or self._any(self._uncovered()):
