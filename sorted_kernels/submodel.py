@@ -157,6 +157,8 @@ class SubmodelSpace:
         self.dimensions: dict[str, tuple[int, ...]] = {}
         self._cumulative: dict[str, list[float]] = {}
         for name, given in sizes.items():
+            if not isinstance(given, Iterable):
+                raise SpaceError(f"dimension {name!r} is {given!r}; its sizes are given as a list")
             values = list(given)
             if not values:
                 raise SpaceError(f"dimension {name!r} has no sizes")

@@ -10,7 +10,7 @@ import torch
 
 from sorted_kernels import nn
 from sorted_kernels.errors import RuleError
-from sorted_kernels.nn.activation import DECLARED, Plan, forget_plan
+from sorted_kernels.nn.activation import DECLARED, PLAN, Plan, forget_plan
 from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
 
 Rules = Mapping[str, Mapping[str, AxisSpec]]
@@ -58,7 +58,11 @@ def elasticize(
     """
     matched = _match(model, rules)
     before = {name: (type(module), dict(module.__dict__)) for name, (module, _) in matched.items()}
-    declared = model.__dict__.get(DECLARED)
+    marks = {DECLARED, PLAN}
+    kept = [
+        (module, {name: value for name, value in module.__dict__.items() if name in marks})
+        for module in model.modules()
+    ]
     try:
         for module, axes in matched.values():
             _swap(module, axes, grad_mode)
@@ -76,10 +80,10 @@ def elasticize(
             module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(state)
-        model.__dict__.pop(DECLARED, None)
-        if declared is not None:
-            model.__dict__[DECLARED] = declared
-        forget_plan(model)
+        for module, state in kept:
+            for name in marks:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(state)
         if isinstance(error, RuleError):
             raise
         raise RuleError(str(error)) from error

@@ -35,14 +35,14 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
         shared: dict[tuple[int, torch.Size], torch.nn.Parameter] = {}
         for module in active_modules(model):
             if isinstance(module, ElasticModule):
-                memo[id(module)] = _plain_layer(module, shared)
+                memo[id(module)] = _plain_layer(module, shared, memo)
         # Innermost lists first: copying an outer one then finds the inner ones done.
         lists = [m for m in active_modules(model) if isinstance(m, DepthContainer)]
         blocks: DepthContainer
         for blocks in reversed(lists):
-            kept = [copy.deepcopy(block, memo) for block in blocks.active_blocks()]
-            kind = PLAIN[type(blocks)]
-            memo[id(blocks)] = kind(*kept) if kind is torch.nn.Sequential else kind(kept)
+            plain = memo[id(blocks)] = PLAIN[type(blocks)]().train(blocks.training)
+            for name, block in zip(blocks._modules, blocks.active_blocks(), strict=False):
+                plain.add_module(name, copy.deepcopy(block, memo))
         exported = copy.deepcopy(model, memo)
     forget_plan(exported)
     for module in exported.modules():
@@ -51,13 +51,18 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
 
 
 def _plain_layer(
-    module: ElasticModule, shared: dict[tuple[int, torch.Size], torch.nn.Parameter]
+    module: ElasticModule,
+    shared: dict[tuple[int, torch.Size], torch.nn.Parameter],
+    memo: dict[int, Any],
 ) -> torch.nn.Module:
     layer = module.plain()
     for name, param in list(layer._parameters.items()):
-        source = module._parameters[name]
+        source = getattr(module, name)
         if param is not None and source is not None:
-            setattr(layer, name, shared.setdefault((id(source), param.shape), param))
+            kept = shared.setdefault((id(source), param.shape), param)
+            setattr(layer, name, kept)
+            if kept.shape == source.shape:  # a module that is not elastic may share it, too
+                memo[id(source)] = kept
     return layer
 
 

@@ -12,7 +12,8 @@ from sorted_kernels.errors import DimensionError
 from sorted_kernels.nn.axis import ElasticAxis
 from sorted_kernels.submodel import Submodel
 
-_PLAN = "_elastic_plan"
+PLAN = "_elastic_plan"
+"""Attribute under which a module keeps its :class:`Plan`."""
 DECLARED = "_elastic_dimensions"
 """Attribute under which ``elasticize`` keeps full sizes that it was given."""
 
@@ -46,8 +47,22 @@ class Plan:
         self.axes = {name: [axis for _, axis in pairs] for name, pairs in named.items()}
         self.full = {name: declared.get(name) or _agreed(name, pairs)
                      for name, pairs in named.items()}  # fmt: skip
-        self.current = Submodel(**self.full) if self.full else None
+        self.current = Submodel(**self._counts_now()) if self.full else None
         self._settings: dict[Submodel, list[tuple[ElasticAxis, int, torch.Tensor]]] = {}
+
+    def _counts_now(self) -> dict[str, int]:
+        """The count of each dimension that its axes show: not full where a part was activated."""
+        return {
+            name: next(
+                (
+                    count
+                    for count in range(full, 0, -1)
+                    if all(axis.active == axis.scaled(count, full) for axis in self.axes[name])
+                ),
+                full,
+            )
+            for name, full in self.full.items()
+        }
 
     def apply(self, submodel: Submodel) -> None:
         """Set every axis; the list of settings of a sub-model is worked out once."""
@@ -95,16 +110,16 @@ def _agreed(name: str, pairs: list[tuple[str, ElasticAxis]]) -> int:
 
 def plan_of(model: torch.nn.Module) -> Plan:
     """The model's plan, worked out on first use."""
-    plan = model.__dict__.get(_PLAN)
+    plan = model.__dict__.get(PLAN)
     if plan is None:
-        plan = model.__dict__[_PLAN] = Plan(model)
+        plan = model.__dict__[PLAN] = Plan(model)
     return plan
 
 
 def forget_plan(model: torch.nn.Module) -> None:
     """Have plans worked out anew, after layers were swapped."""
     for module in model.modules():
-        module.__dict__.pop(_PLAN, None)
+        module.__dict__.pop(PLAN, None)
 
 
 def dimensions(model: torch.nn.Module) -> dict[str, int]:

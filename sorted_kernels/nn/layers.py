@@ -73,10 +73,12 @@ class ElasticModule(torch.nn.Module):
         weight_slot = bias_slot = None
         dense = self.grad_mode == "dense"
         if weight is not None and weight.requires_grad:
-            weight_slot = self._slot("weight", weight)
+            if weight.is_leaf:
+                weight_slot = self._slot("weight", weight)
             dense = dense or not in_place_allowed(weight_slot, weight)
         if bias is not None and bias.requires_grad:
-            bias_slot = self._slot("bias", bias)
+            if bias.is_leaf:
+                bias_slot = self._slot("bias", bias)
             dense = dense or not in_place_allowed(bias_slot, bias)
         return weight_slot, bias_slot, dense or (weight_slot is None and bias_slot is None)
 
@@ -98,7 +100,7 @@ class ElasticModule(torch.nn.Module):
         """A stand-alone ``torch.nn`` module of the active size with contiguous copies."""
         layer = self.stock()
         for name, shape in self.active_shapes().items():
-            source = self._parameters[name]
+            source = getattr(self, name)
             if source is not None:
                 block = source.detach()[tuple(slice(size) for size in shape)]
                 copied = block.clone(memory_format=torch.contiguous_format)
@@ -237,7 +239,8 @@ class RMSNorm(ElasticModule, torch.nn.RMSNorm):
 
     Args:
         normalized_shape: K, one number (or a sequence of one).
-        eps: Added to the mean square; the dtype's epsilon when None, as in torch.
+        eps: Added to the mean square; when None, float32's epsilon (float64's for float64), as
+            torch has it.
         elementwise_affine: Whether there is a scale.
         device: As in torch.
         dtype: As in torch.
@@ -270,7 +273,9 @@ class RMSNorm(ElasticModule, torch.nn.RMSNorm):
         check_width(x, self.features_axis, "RMSNorm")
         weight = self.weight
         slot, _, dense = self._gradient_path(weight)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = self.eps
+        if eps is None:  # of the type that the norm is computed in
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         return run_rms_norm(x, weight, eps, slot, dense)
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:

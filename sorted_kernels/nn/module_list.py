@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
 class DepthContainer(torch.nn.Module):
     """Iteration, length, and indexing over the active prefix of a list of blocks.
 
-    Parameters, state_dict, ``.to`` and the like always see every block.
+    Parameters, state_dict, ``.to`` and the like always see every block, and so do ``append`` and
+    the other methods that change the list: their indices count stored blocks.
     """
 
     AXES = ("depth",)
+    depth_dim: AxisSpec = None
     depth_axis: ElasticAxis | None = None
     _playing: list[torch.nn.Module] | None = None
 
@@ -28,8 +30,17 @@ class DepthContainer(torch.nn.Module):
         return {} if self.depth_axis is None else {"depth": self.depth_axis}
 
     def make_elastic(self, depth: ElasticAxis) -> None:
-        """Give the list its depth axis (the constructor and ``elasticize`` call this)."""
+        """Give the list its depth axis (``elasticize`` and changes of the list call this)."""
         self.depth_axis = depth
+        self.depth_dim = (depth.dimension, depth.multiple_of) if depth.dimension else None
+
+    def _fit_axis(self) -> None:
+        """Make the depth axis as long as the list."""
+        shortest = self.depth_dim[1] if isinstance(self.depth_dim, tuple) else 1
+        if len(self._modules) < shortest:
+            self.depth_axis = None
+        else:
+            self.depth_axis = ElasticAxis(self.depth_dim, len(self._modules))
 
     def all_blocks(self) -> list[Any]:
         """Every stored block, active or not."""
@@ -59,7 +70,27 @@ class DepthContainer(torch.nn.Module):
 
     def __getitem__(self, index: int | slice) -> Any:
         picked = self.active_blocks()[index]
-        return torch.nn.ModuleList(picked) if isinstance(index, slice) else picked
+        if not isinstance(index, slice):
+            return picked
+        if isinstance(self, torch.nn.Sequential):
+            return torch.nn.Sequential(*picked)
+        return torch.nn.ModuleList(picked)
+
+
+def _changing(name: str) -> Callable[..., Any]:
+    """A method of torch's container that changes it, run with every block in sight."""
+
+    def method(self: Any, *args: Any) -> Any:
+        with self.play(self.all_blocks()):
+            result = getattr(super(DepthContainer, self), name)(*args)
+        self._fit_axis()
+        return result
+
+    return method
+
+
+for _name in ("append", "extend", "insert", "pop", "__setitem__", "__delitem__", "__iadd__"):
+    setattr(DepthContainer, _name, _changing(_name))
 
 
 class ModuleList(DepthContainer, torch.nn.ModuleList):
@@ -74,8 +105,8 @@ class ModuleList(DepthContainer, torch.nn.ModuleList):
         self, modules: Iterable[torch.nn.Module] | None = None, *, depth_dim: AxisSpec = None
     ) -> None:
         super().__init__(modules)
-        if self._modules:
-            self.make_elastic(ElasticAxis(depth_dim, len(self._modules)))
+        self.depth_dim = depth_dim
+        self._fit_axis()
 
 
 class Sequential(DepthContainer, torch.nn.Sequential):
@@ -88,8 +119,8 @@ class Sequential(DepthContainer, torch.nn.Sequential):
 
     def __init__(self, *modules: torch.nn.Module, depth_dim: AxisSpec = None) -> None:
         super().__init__(*modules)
-        if self._modules:
-            self.make_elastic(ElasticAxis(depth_dim, len(self._modules)))
+        self.depth_dim = depth_dim
+        self._fit_axis()
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the active blocks in order."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from sorted_kernels.errors import DTypeError, GradientError
+from sorted_kernels.errors import DTypeError, GradientError, ShapeError
 from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import FLOATS, check_count, check_parameter, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define("embedding(Tensor indices, Tensor weight, SymInt features, SymInt padding_idx)"
@@ -104,6 +104,8 @@ class _Embedding(Function):
             return None, _dense_backward(ctx, dy), *[None] * 5
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
+        if not lands(slot):
+            return (None,) * 7
         (indices,) = ctx.saved_tensors
         if is_compiling():
             torch.ops.sorted_kernels.embedding_accumulate(
@@ -169,19 +171,26 @@ def embedding(
         indices: int64 or int32 of any shape, each in ``[0, V)`` (checked by PyTorch on the CPU).
         weight: (V, K) with unit inner stride.
         features: k, a count from 1 to K; K when not given.
-        padding_idx: Row that receives no gradient.
+        padding_idx: Row that receives no gradient; a negative one counts from the end, as in torch.
 
     Returns:
         (*indices.shape, k).
 
     Raises:
-        ShapeError: ``features`` outside 1..K, or a wrong rank.
+        ShapeError: ``features`` outside 1..K, ``padding_idx`` outside the rows, or a wrong rank.
         DTypeError: Indices that are not integers, or an unsupported weight dtype.
         DeviceError: Tensors on different devices.
         StrideError: ``weight`` has no unit inner stride.
     """
+    check_parameter(weight, indices, "weight", 2)
     k = weight.shape[1] if features is None else features
-    return run_embedding(indices, weight, k, -1 if padding_idx is None else padding_idx, None, True)
+    padding = -1
+    if padding_idx is not None:
+        rows = weight.shape[0]
+        if not -rows <= padding_idx < rows:
+            raise ShapeError(f"padding_idx={padding_idx} is not in {-rows}..{rows - 1}")
+        padding = padding_idx % rows
+    return run_embedding(indices, weight, k, padding, None, True)
 
 
 def run_embedding(

@@ -13,6 +13,7 @@ import copy
 import itertools
 import sys
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ ANCHOR = torch.zeros((), requires_grad=True)
 A parameter that took part itself would have autograd's own accumulation run for it, with nothing
 to add, which could not be told from a gradient that somebody else computed.
 """
+
+
+def _accumulation_node(leaf: Tensor) -> Any:
+    """The node that accumulates a leaf's gradient; a leaf alone keeps it only weakly."""
+    with torch.enable_grad():
+        edge: Any = leaf.view_as(leaf).grad_fn
+    return edge.next_functions[0][0]
+
+
+_ANCHOR_NODE = _accumulation_node(ANCHOR)
 
 IN_PLACE_TWICE = (
     "double backward through gradients that land in place is not possible; give the layer "
@@ -47,8 +58,8 @@ class GradientSlot:
     """
 
     __slots__ = (
-        "handle", "param", "token", "buffer", "raw", "version", "generation", "staircase",
-        "expected", "hooked", "leaves", "pointer", "__weakref__",
+        "handle", "param", "token", "buffer", "raw", "storage", "blocks", "version", "address",
+        "staircase", "expected", "task", "hooked", "leaves", "pointer", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -58,12 +69,15 @@ class GradientSlot:
         self.token = torch.zeros(1)
         self.buffer: Tensor | None = None
         self.raw: Tensor | None = None
+        self.storage: torch.UntypedStorage | None = None
+        self.blocks: dict[tuple[int, int], Tensor] = {}  # views of the buffer
         self.version = 0  # the buffer's version counter when it was last looked at
-        self.generation = 0  # goes up when another tensor becomes the buffer
+        self.address = 0  # and where its elements were
         self.leaves: dict[tuple[int, int], Leaf] = {}
         self.pointer = 0
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
+        self.task = -1  # the backward that the expected gradients belong to
         self.hooked = False
         key, handle, leaves = id(param), self.handle, self.leaves
 
@@ -99,14 +113,19 @@ class GradientSlot:
 
     def block(self, m: int, k: int) -> Tensor:
         """The view ``buffer[:m, :k]`` for writing."""
-        raw = self.raw
-        assert raw is not None
-        return raw[:m] if raw.dim() == 1 else raw[:m, :k]
+        view = self.blocks.get((m, k))
+        if view is None:
+            raw = self.raw
+            assert raw is not None
+            if len(self.blocks) > 256:
+                self.blocks.clear()
+            view = self.blocks[m, k] = raw[:m] if raw.dim() == 1 else raw[:m, :k]
+        return view
 
     def record(self, m: int, k: int) -> bool:
         """Attach the buffer and cover ``[:m, :k]``; whether its old contents count."""
         param = self.param()
-        assert param is not None, "a gradient arrived for a parameter that is gone"
+        assert param is not None  # callers have looked
         grad = param.grad
         if grad is None:
             self._attach(param, m, k)
@@ -121,30 +140,41 @@ class GradientSlot:
             self._watch(param)
             self._adopt(grad)
             self.staircase.cover_all()
-        self.version = grad._version
+        elif grad._version != self.version or grad.data_ptr() != self.address:
+            self._look_again(grad)
         accumulate = bool(self.staircase.corners)
         self.staircase.add(m, k)
         return accumulate
 
     def _attach(self, param: Tensor, m: int, k: int) -> None:
         """Make the buffer ``param.grad``, zero outside ``[:m, :k]``."""
-        buffer = self.buffer
-        if (
-            buffer is not None
-            and sys.getrefcount(buffer) <= 3  # nobody kept it from an earlier step
-            and buffer.dtype is param.dtype
-            and buffer.device == param.device
-        ):
+        if self._reusable(param):
             for rows, cols in self.staircase.corners:
                 if rows > m or cols > k:
                     _clear_outside(self.raw, self.staircase, m, k)
                     break
         else:
             self._watch(param)
-            buffer = torch.zeros_like(param, memory_format=torch.contiguous_format)
-            self._adopt(buffer)
-        param.grad = buffer
-        self.version = buffer._version
+            self._adopt(torch.zeros_like(param, memory_format=torch.contiguous_format))
+        param.grad = self.buffer
+
+    def _reusable(self, param: Tensor) -> bool:
+        """Whether the old buffer is ours alone: its contents known, and kept by nobody."""
+        buffer = self.buffer
+        if (
+            buffer is None
+            or buffer.dtype is not param.dtype
+            or buffer.device != param.device
+            or buffer._version != self.version
+            or buffer.data_ptr() != self.address
+        ):
+            return False
+        del buffer  # so that the counts below are of the slot's own references
+        assert self.storage is not None
+        users = torch._C._storage_Use_Count(self.storage._cdata)
+        # The tensor itself may be kept, or an alias of it (``param.grad.detach()``). The storage
+        # is used by the buffer, its alias, the object that names it, and the blocks.
+        return sys.getrefcount(self.buffer) <= 2 and users <= 3 + len(self.blocks)
 
     def _adopt(self, buffer: Tensor) -> None:
         """Take a tensor as the buffer.
@@ -152,8 +182,29 @@ class GradientSlot:
         Writes go through an alias with a version counter of its own. So the buffer's counter moves
         only when somebody else writes, and views of the alias are not mistaken for users.
         """
-        self.buffer, self.raw = buffer, buffer.data
-        self.generation += 1
+        self.buffer, self.raw, self.storage = buffer, buffer.data, buffer.untyped_storage()
+        self.blocks.clear()
+        self.version, self.address = buffer._version, buffer.data_ptr()
+
+    def _look_again(self, grad: Tensor) -> None:
+        """Find out what the buffer holds after somebody else wrote into it."""
+        self._adopt(grad)
+        if self._any(self._uncovered()):
+            self.staircase.cover_all()
+        elif not self._any(self.block(end, k)[begin:] for begin, end, k in self.staircase.bands()):
+            self.staircase.clear()
+
+    def _uncovered(self) -> Iterator[Tensor]:
+        raw, end = self.raw, 0
+        assert raw is not None
+        for begin, end, cols in self.staircase.bands():
+            if raw.dim() > 1:
+                yield raw[begin:end, cols:]
+        yield raw[end:]
+
+    @staticmethod
+    def _any(views: Iterable[Tensor]) -> bool:
+        return any(bool(view.any()) for view in views)
 
     def leaf(self, param: Tensor, m: int, k: int = 1) -> Tensor:
         """The block ``param[:m, :k]`` as a leaf of autograd's own graph.
@@ -173,9 +224,17 @@ class GradientSlot:
     def expect(self, m: int, k: int = 1) -> None:
         """Announce that autograd will add a dense gradient that is zero outside ``[:m, :k]``."""
         param = self.param()
-        if param is not None:
-            self._watch(param)
-            self.expected.append((m, k))
+        if param is None:
+            return
+        self._watch(param)
+        task = torch._C._current_graph_task_id()
+        if task != self.task:  # left by a backward that did not want this gradient
+            self.expected.clear()
+            self.task = task
+            grad = param.grad
+            if grad is not None and grad is self.buffer and grad._version != self.version:
+                self._look_again(grad)
+        self.expected.append((m, k))
 
     def _watch(self, param: Tensor) -> None:
         """Notice gradients that autograd accumulates by itself, whose support is not recorded."""
@@ -188,15 +247,15 @@ class GradientSlot:
         if grad is None:
             return
         if grad is not self.buffer:
-            self._adopt(grad)
             self.staircase.clear()
         elif grad._version == self.version:
             return  # autograd had nothing to add: a compiled graph's backward ends this way
-        self.version = grad._version
-        if self.expected:
-            self.staircase.update(self.expected)
-            self.expected.clear()
-        else:
+        self._adopt(grad)
+        announced = bool(self.expected)  # here, or (double backward) where the graph was made
+        self.staircase.update(self.expected)
+        self.expected.clear()
+        # Autograd has summed all uses of the parameter: another one than ours may be among them.
+        if not announced or self._any(self._uncovered()):
             self.staircase.cover_all()
 
     def cleared(self) -> None:
@@ -208,7 +267,7 @@ class GradientSlot:
         param = self.param()
         if param is None or param.grad is None:
             return
-        if param.grad is not self.buffer:
+        if param.grad is not self.buffer or param.grad._version != self.version:
             self._adopt(param.grad)
             self.staircase.cover_all()
         _clear_outside(self.raw, self.staircase, 0, 0)
@@ -222,35 +281,24 @@ class Leaf:
     first clone it, since the gradient of a strided block comes out of a matrix product transposed.
     """
 
-    __slots__ = ("tensor", "slot", "m", "k", "node", "out", "generation")
+    __slots__ = ("tensor", "slot", "m", "k", "node")
 
     def __init__(self, slot: GradientSlot, param: Tensor, m: int, k: int) -> None:
         block = param.detach()
         self.tensor = (block[:m] if block.dim() == 1 else block[:m, :k]).requires_grad_()
         self.slot, self.m, self.k = slot, m, k
-        self.generation = -1
-        with torch.enable_grad():
-            # Held, because a leaf keeps its accumulation node, and so the hook, only weakly.
-            edge: Any = self.tensor.view_as(self.tensor).grad_fn
-            self.node = edge.next_functions[0][0]
+        self.node = _accumulation_node(self.tensor)
         self.node.register_prehook(self.deliver)
 
     def deliver(self, gradients: tuple[Tensor | None]) -> tuple[None]:
         """Move the block's gradient into the parameter's."""
         gradient = gradients[0]
-        if gradient is None:
+        if gradient is None or self.slot.param() is None:
             return (None,)
         if gradient.requires_grad:
             raise GradientError(IN_PLACE_TWICE)
-        slot = self.slot
-        accumulate = slot.record(self.m, self.k)
-        if self.generation != slot.generation:
-            self.out = slot.block(self.m, self.k)
-            self.generation = slot.generation
-        if accumulate:
-            self.out.add_(gradient)
-        else:
-            self.out.copy_(gradient)
+        out, accumulate = self.slot.prefix(self.m, self.k)
+        out.add_(gradient) if accumulate else out.copy_(gradient)
         return (None,)
 
 
@@ -282,13 +330,23 @@ def slot_if_any(param: Tensor) -> GradientSlot | None:
     return _by_param.get(id(param))
 
 
-def in_place_allowed(slot: GradientSlot, param: Tensor) -> bool:
+def lands(slot: GradientSlot | None) -> bool:
+    """Whether the backward that is running wants a parameter's gradient.
+
+    ``torch.autograd.grad(loss, x)`` does not, nor does a parameter that is gone.
+    """
+    if slot is None or slot.param() is None:
+        return False
+    return is_compiling() or torch._C._will_engine_execute_node(_ANCHOR_NODE)  # type: ignore
+
+
+def in_place_allowed(slot: GradientSlot | None, param: Tensor) -> bool:
     """Whether gradients may bypass autograd's accumulation: a leaf that carries no user hook."""
-    if not param.is_leaf:
+    if slot is None:
         return False
     if is_compiling():  # hooks cannot be seen while a graph is traced
         return True
-    if param._backward_hooks:
+    if param._backward_hooks or torch._C._are_functorch_transforms_active():
         return False
     hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     return not hooks or len(hooks) <= slot.hooked

@@ -13,7 +13,14 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops.backend import implementation, uses_leaves
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, prefix_leaf
+from sorted_kernels.ops.gradient import (
+    ANCHOR,
+    IN_PLACE_TWICE,
+    GradientSlot,
+    detached,
+    lands,
+    prefix_leaf,
+)
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define(
@@ -106,7 +113,6 @@ class _LayerNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight_slot, bias_slot = ctx.slots
         if ctx.dense:
             for slot in ctx.slots:
                 if slot is not None:
@@ -115,6 +121,7 @@ class _LayerNorm(Function):
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
         x, weight, mean, rstd = ctx.saved_tensors
+        weight_slot, bias_slot = (slot if lands(slot) else None for slot in ctx.slots)
         if is_compiling():
             dx, dw, db = torch.ops.sorted_kernels.layer_norm_backward(
                 dy, x, mean, rstd, weight, ctx.needs_input_grad[0],
@@ -174,7 +181,8 @@ def _differentiable_backward(
     scaled = dy if weight is None else dy * weight[: x.shape[-1]]
     inner = (scaled * normed).mean(-1, keepdim=True)
     dx = (scaled - scaled.mean(-1, keepdim=True) - normed * inner) * scale
-    return dx, (dy * normed).flatten(0, -2).sum(0), dy.flatten(0, -2).sum(0)
+    k = x.shape[-1]
+    return dx, (dy * normed).reshape(-1, k).sum(0), dy.reshape(-1, k).sum(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -20,7 +20,14 @@ from sorted_kernels.ops.checks import (
     check_same_dtype,
     embed_prefix,
 )
-from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, prefix_leaf
+from sorted_kernels.ops.gradient import (
+    ANCHOR,
+    IN_PLACE_TWICE,
+    GradientSlot,
+    detached,
+    lands,
+    prefix_leaf,
+)
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
 
@@ -165,7 +172,7 @@ class _Linear(Function):
             dx = run(dz, weight, ctx.in_features)
         m = dz.shape[-1]
         rows = dz if dz.dim() == 2 else dz.reshape(-1, m)
-        if weight_slot is not None:
+        if lands(weight_slot):
             k = ctx.in_features
             x_rows = x if x.dim() == 2 else x.reshape(-1, k)
             if is_compiling():
@@ -174,7 +181,7 @@ class _Linear(Function):
                 )
             else:
                 _wgrad_into(rows, x_rows, *weight_slot.prefix(m, k))
-        if bias_slot is not None:
+        if lands(bias_slot):
             if is_compiling():
                 torch.ops.sorted_kernels.accumulate_prefix(
                     rows.sum(0), bias_slot.token, bias_slot.handle
@@ -308,6 +315,7 @@ def linear(
         DeviceError: Tensors on different devices.
         OptionError: An unknown activation.
     """
+    check_parameter(weight, x, "weight", 2)
     m = weight.shape[0] if out_features is None else out_features
     return run_linear(x, weight, bias, m, activation or "none", None, None, True)
 

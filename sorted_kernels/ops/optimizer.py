@@ -102,7 +102,7 @@ def adamw_fallback(
         if master is not None:
             param.copy_(master)
         if clear_grads:
-            grad.zero_()
+            grad.data.zero_()  # counts no version, as the compiled kernels do not
 
 
 def sgd_fallback(
@@ -132,7 +132,7 @@ def sgd_fallback(
         if master is not None:
             param.copy_(master)
         if clear_grads:
-            grad.zero_()
+            grad.data.zero_()  # counts no version, as the compiled kernels do not
 
 
 def _register(name: str, schema: str, fallback: Callable[..., None]) -> None:

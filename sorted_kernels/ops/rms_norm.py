@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, lands
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
@@ -88,7 +88,7 @@ class _RMSNorm(Function):
             dx, dw = torch.ops.sorted_kernels.rms_norm_backward(dy, x, rstd, weight, need_dx, True)
             torch.ops.sorted_kernels.accumulate_prefix(dw, slot.token, slot.handle)
             return (dx if need_dx else None), *[None] * 5
-        out, accumulate = slot.prefix(x.shape[-1])
+        out, accumulate = slot.prefix(x.shape[-1]) if lands(slot) else (None, False)
         dx = implementation("rms_norm", x).rms_norm_backward_into(
             dy, x, rstd, weight, out, accumulate, need_dx
         )
@@ -120,7 +120,7 @@ def _differentiable_backward(
     normed = x * rstd
     scaled = dy if weight is None else dy * weight[: x.shape[-1]]
     dx = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd
-    return dx, (dy * normed).flatten(0, -2).sum(0)
+    return dx, (dy * normed).reshape(-1, x.shape[-1]).sum(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

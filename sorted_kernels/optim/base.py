@@ -249,7 +249,7 @@ def clip_grad_norm_(
 
 
 def _views(grad: Tensor, staircase: Staircase) -> list[Tensor]:
-    grad = grad.detach()
+    grad = grad.data  # counts no version: the gradient's slot need not look at it again
     if grad.dim() < 2:
         return [grad[begin:end] if grad.dim() else grad for begin, end, _ in staircase.bands()]
     return [grad[begin:end, :cols] for begin, end, cols in staircase.bands()]

@@ -21,9 +21,11 @@ def layer_norm(
         y (..., k), mean (..., 1), rstd (..., 1); the statistics in float32 for half precision.
     """
     k = x.shape[-1]
-    return torch.native_layer_norm(
+    y, mean, rstd = torch.native_layer_norm(
         x, (k,), None if weight is None else weight[:k], None if bias is None else bias[:k], eps
     )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return y, mean.to(wide), rstd.to(wide)
 
 
 def layer_norm_backward_into(
@@ -41,6 +43,8 @@ def layer_norm_backward_into(
     """Input gradient returned; gradients of the affine parameters written into k-sized views."""
     k = x.shape[-1]
     view = None if weight is None else weight[:k]
+    if x.device.type == "cpu":  # where torch has the statistics in the input's own dtype
+        mean, rstd = mean.to(x.dtype), rstd.to(x.dtype)
     wants = [need_dx, weight_out is not None, bias_out is not None]
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
         dy, x, (k,), mean, rstd, view, view if bias_out is None else bias_out, wants

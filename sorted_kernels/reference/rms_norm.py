@@ -42,7 +42,7 @@ def rms_norm_backward_into(
     """Input gradient returned; gradient of the scale written into a k-sized view."""
     wide_dy, normed = _wide(dy), _wide(x) * rstd
     if weight_out is not None:
-        dw = (wide_dy * normed).flatten(0, -2).sum(0)
+        dw = (wide_dy * normed).reshape(-1, x.shape[-1]).sum(0)
         weight_out.add_(dw) if accumulate else weight_out.copy_(dw)
     if not need_dx:
         return None

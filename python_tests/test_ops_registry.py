@@ -1,0 +1,142 @@
+"""torch.library.opcheck on every op of the namespace: one that has no samples fails the test."""
+
+import re
+
+import pytest
+import torch
+from support.poison import pattern
+
+import sorted_kernels.ops.optimizer  # noqa: F401  (defines the optimizers' ops)
+from sorted_kernels.ops.gradient import slot_of
+from sorted_kernels.ops.library import NAMESPACE
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def slot(*shape):
+    """A slot whose parameter lives as long as the test session."""
+    param = torch.nn.Parameter(torch.randn(*shape))
+    _kept.append(param)
+    made = slot_of(param)
+    return made.token, made.handle
+
+
+_kept: list[torch.Tensor] = []
+
+
+def linear():
+    for activation in ("none", "relu", "gelu", "silu"):
+        yield leaf(3, 4), leaf(5, 6), leaf(5), 2, activation, activation != "none"
+    yield leaf(2, 3, 4), leaf(5, 6), None, 5, "none", False
+
+
+def linear_dgrad():
+    yield torch.randn(3, 2), torch.randn(5, 6), 4
+
+
+def linear_wgrad():
+    yield torch.randn(3, 2), torch.randn(3, 4), torch.randn(5, 6)
+
+
+def linear_accumulate():
+    yield torch.randn(3, 2), torch.randn(3, 4), *slot(5, 6)
+
+
+def accumulate_prefix():
+    yield torch.randn(2, 4), *slot(5, 6)
+    yield torch.randn(2), *slot(5)
+
+
+def layer_norm():
+    yield leaf(3, 4), leaf(6), leaf(6), 1e-5
+    yield leaf(2, 3, 4), leaf(4), None, 1e-5
+    yield leaf(3, 4, dtype=torch.bfloat16), None, None, 1e-5
+
+
+def layer_norm_backward():
+    x = torch.randn(3, 4)
+    mean, rstd = torch.randn(3, 1), torch.rand(3, 1) + 1
+    for needs in ((True, True, True), (False, True, False), (True, False, False)):
+        yield torch.randn(3, 4), x, mean, rstd, torch.randn(6), *needs
+
+
+def rms_norm():
+    yield leaf(3, 4), leaf(6), 1e-5
+    yield leaf(3, 4, dtype=torch.bfloat16), None, 1e-5
+
+
+def rms_norm_backward():
+    for needs in ((True, True), (False, True), (True, False)):
+        yield torch.randn(3, 4), torch.randn(3, 4), torch.rand(3, 1) + 1, torch.randn(6), *needs
+
+
+def embedding():
+    yield torch.randint(5, (3, 2)), leaf(5, 6), 4, -1
+    yield torch.randint(5, (3,)), leaf(5, 6), 6, 2
+
+
+def embedding_backward():
+    yield torch.randn(3, 2, 4), torch.randint(5, (3, 2)), 5, -1
+
+
+def embedding_accumulate():
+    yield torch.randn(3, 2, 4), torch.randint(5, (3, 2)), *slot(5, 6), 5, 1
+
+
+def staircase_adamw_():
+    bands, options = [0, 0, 2, 3, 0, 2, 4, 1, 1, 0, 3, 1], (1e-3, 0.9, 0.99, 1e-8, 0.1)
+    for dtype, masters in ((torch.float32, []), (torch.bfloat16, [(4, 5), (5,)])):
+        lists = [[pattern(shape, torch.float32) for shape in ((4, 5), (5,))] for _ in range(3)]
+        params = [pattern(shape, dtype) for shape in ((4, 5), (5,))]
+        wide = [pattern(shape, torch.float32) for shape in masters]
+        yield params, *lists, wide, bands, [1, 7], *options, False, True
+
+
+def staircase_sgd_():
+    lists = [[pattern(shape, torch.float32) for shape in ((4, 5), (5,))] for _ in range(3)]
+    yield *lists, [], [0, 0, 2, 3, 1, 0, 3, 1], 0.1, 0.9, 0.1, True, False, False
+
+
+SAMPLES = {
+    function.__name__: function
+    for function in (
+        linear, linear_dgrad, linear_wgrad, linear_accumulate, accumulate_prefix, layer_norm,
+        layer_norm_backward, rms_norm, rms_norm_backward, embedding, embedding_backward,
+        embedding_accumulate, staircase_adamw_, staircase_sgd_,
+    )
+}  # fmt: skip
+SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed
+
+
+def op_names():
+    registered = torch._C._dispatch_get_all_op_names()
+    start = f"{NAMESPACE}::"
+    return sorted({n.removeprefix(start).split(".")[0] for n in registered if n.startswith(start)})
+
+
+@pytest.mark.parametrize("name", op_names())
+def test_opcheck(name):
+    op = getattr(torch.ops.sorted_kernels, name)
+    if name.startswith("native_"):  # the compiled CUDA twin: its public op decides to call it
+        public = getattr(torch.ops.sorted_kernels, name.removeprefix("native_"))
+        twin = str(op.default._schema).replace("native_", "")
+        assert twin == str(public.default._schema)
+        return
+    assert name in SAMPLES, f"{name} has no opcheck samples"
+    for args in SAMPLES[name]():
+        torch.library.opcheck(op.default, args)
+
+
+def test_every_sample_names_an_op():
+    assert set(SAMPLES) <= set(op_names())
+
+
+def test_sizes_in_schemas_are_symbolic():
+    """A plain int in a schema would compile a graph for every size."""
+    sizes = ("out_features", "in_features", "features", "rows", "handle", "padding_idx")
+    for name in op_names():
+        text = str(getattr(torch.ops.sorted_kernels, name).default._schema)
+        for size in sizes:
+            assert not re.search(rf"(?<!Sym)[Ii]nt {size}\b", text), text
