@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.routes import in_place_routes, routes, take
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sorted_kernels as sk
 from sorted_kernels.models import elastic_residual_mlp
 from sorted_kernels.ops.gradient import slot_of, staircase_of
+from support.routes import in_place_routes, routes, take
 
 SMALL = sk.Submodel(depth=2, width=3)
 

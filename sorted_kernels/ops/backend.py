@@ -66,7 +66,7 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
-LEAF_ELEMENTS = 1 << 15
+LEAF_ELEMENTS = 1 << 17
 """Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
 node that writes the prefix itself (128 KiB of float32: the copy stays in the cache)."""
 
