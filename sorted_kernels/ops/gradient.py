@@ -59,7 +59,7 @@ class GradientSlot:
 
     __slots__ = (
         "handle", "param", "token", "buffer", "raw", "storage", "blocks", "version", "address",
-        "staircase", "expected", "task", "hooked", "leaves", "pointer", "__weakref__",
+        "staircase", "expected", "task", "hooked", "leaves", "views", "pointer", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -73,18 +73,20 @@ class GradientSlot:
         self.blocks: dict[tuple[int, int], Tensor] = {}  # views of the buffer
         self.version = 0  # the buffer's version counter when it was last looked at
         self.address = 0  # and where its elements were
-        self.leaves: dict[tuple[int, int], Leaf] = {}
+        self.leaves: dict[tuple[int, int], Leaf] = {}  # blocks of the parameter, in autograd's
+        self.views: dict[tuple[int, int], Tensor] = {}  # graph and outside of it
         self.pointer = 0
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
         self.task = -1  # the backward that the expected gradients belong to
         self.hooked = False
-        key, handle, leaves = id(param), self.handle, self.leaves
+        key, handle, leaves, views = id(param), self.handle, self.leaves, self.views
 
         def forget(_: object) -> None:
             _by_param.pop(key, None)
             _by_handle.pop(handle, None)
-            leaves.clear()  # they are views of the parameter's storage
+            leaves.clear()  # these hold on to the parameter's storage
+            views.clear()
 
         self.param = weakref.ref(param, forget)
 
@@ -212,14 +214,28 @@ class GradientSlot:
         Autograd differentiates it in C++ and hands its gradient to the slot, which copies it into
         the prefix: less host time than a Python node, one more pass over the block.
         """
-        pointer = param.data_ptr()
-        if pointer != self.pointer or len(self.leaves) > 256:  # the storage was swapped
-            self.leaves.clear()
-            self.pointer = pointer
+        self._check_storage(param)
         found = self.leaves.get((m, k))
         if found is None:
             found = self.leaves[m, k] = Leaf(self, param, m, k)
         return found.tensor
+
+    def view(self, param: Tensor, m: int, k: int = 1) -> Tensor:
+        """The block ``param[:m, :k]`` outside of autograd; shares the version counter."""
+        self._check_storage(param)
+        found = self.views.get((m, k))
+        if found is None:
+            block = param.detach()
+            found = self.views[m, k] = block[:m] if block.dim() == 1 else block[:m, :k]
+        return found
+
+    def _check_storage(self, param: Tensor) -> None:
+        """Drop the views of a storage that the parameter no longer has (or too many of them)."""
+        pointer = param.data_ptr()
+        if pointer != self.pointer or len(self.leaves) + len(self.views) > 512:
+            self.leaves.clear()
+            self.views.clear()
+            self.pointer = pointer
 
     def expect(self, m: int, k: int = 1) -> None:
         """Announce that autograd will add a dense gradient that is zero outside ``[:m, :k]``."""
@@ -392,6 +408,14 @@ def prefix_leaf(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) ->
     if slot is not None:
         return slot.leaf(param, m, k)
     return param[:m] if param.dim() == 1 else param[:m, :k]
+
+
+def prefix_view(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) -> Tensor:
+    """The block ``param[:m, :k]`` outside of autograd."""
+    if slot is not None:
+        return slot.view(param, m, k)
+    block = param.detach()
+    return block[:m] if block.dim() == 1 else block[:m, :k]
 
 
 def detached(param: Tensor | None) -> Tensor | None:

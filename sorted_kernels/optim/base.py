@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim import optimizer as torch_optimizer
 
 from sorted_kernels.errors import DTypeError, OptionError, ShapeError
 from sorted_kernels.ops.gradient import slot_if_any, staircase_of, zero_gradient
@@ -74,7 +75,6 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         self._records: dict[Tensor, Record] = {}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient.
 
@@ -84,6 +84,15 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         Raises:
             DTypeError: A sparse gradient, or a parameter that is not floating.
         """
+        if _watched(self):
+            return _step_with_hooks(self, closure)
+        return self._step(closure)
+
+    # Torch wraps every optimizer's step for its hooks and its profiler, at the cost of a small
+    # step of ours; that wrapper is called above where somebody listens.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,6 +196,20 @@ class StaircaseOptimizer(torch.optim.Optimizer):
             for name, value in saved.items():
                 if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
                     self.state[param][name] = value.to(param.device, copy=True)
+
+
+_step_with_hooks = torch.optim.Optimizer.profile_hook_step(StaircaseOptimizer._step)
+
+
+def _watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks or the profiler want to know of a step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
 
 
 _DENSE = torch.contiguous_format
