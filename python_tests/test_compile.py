@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sorted_kernels as sk
@@ -16,8 +17,10 @@ BACKENDS = ["aot_eager", "inductor"] if COMPILER else ["aot_eager"]
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
+    """Compile anew: graphs cached on disk bring the guards of the code that they were made from."""
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 
