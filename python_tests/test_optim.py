@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.poison import assert_same_bits, outside, pattern, prefix
 
 import sorted_kernels as sk
 from sorted_kernels.ops.gradient import slot_of, staircase_of
+from support.poison import assert_same_bits, outside, pattern, prefix
 
 ADAMW = [
     {},
