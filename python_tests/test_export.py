@@ -4,11 +4,11 @@ import collections
 
 import pytest
 import torch
-from support.poison import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
 
 import sorted_kernels as sk
 from sorted_kernels.models import elastic_residual_mlp
+from support.poison import assert_same_bits
 
 
 def assert_plain(model, own=()):

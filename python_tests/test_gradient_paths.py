@@ -166,7 +166,9 @@ def test_the_route_follows_the_size_of_the_block(monkeypatch):
     for o, i in ((5, 4), (5, 5)):
         sk.activate(layer, sk.Submodel(i=i, o=o))
         names.append(type(layer(torch.randn(2, i)).grad_fn).__name__)
-    assert names == ["AddmmBackward0", "_LinearBackward"]
+    assert names == ["AddmmBackward0", "_LinearBlockBackward"]
+    take(monkeypatch, "node")
+    assert type(layer(torch.randn(2, 5)).grad_fn).__name__ == "_LinearBackward"
 
 
 @families

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.oracle import DTYPES
-from support.poison import assert_same_bits
 
 import sorted_kernels as sk
+from support.oracle import DTYPES
+from support.poison import assert_same_bits
 
 PAIRS = {
     "linear": (lambda nn, d: nn.Linear(9, 7, dtype=d), (4, 9)),
