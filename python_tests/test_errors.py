@@ -5,6 +5,7 @@ import torch
 
 import sorted_kernels as sk
 from sorted_kernels import errors
+from support.routes import in_place_routes, take
 
 X, W, B = torch.randn(2, 3), torch.randn(5, 4), torch.randn(5)
 IDX = torch.tensor([0, 1])
@@ -270,11 +271,9 @@ def test_wrong_call(case):
     ],
     ids=["linear", "layer_norm", "rms_norm"],
 )
-@pytest.mark.parametrize("elements", [0, 1 << 40], ids=["node", "leaf"])
-def test_layers_check_on_every_route(layer, x, elements, monkeypatch):
-    from sorted_kernels.ops import backend
-
-    monkeypatch.setattr(backend, "LEAF_ELEMENTS", elements)
+@in_place_routes
+def test_layers_check_on_every_route(layer, x, route, monkeypatch):
+    take(monkeypatch, route)
     with pytest.raises(sk.DTypeError, match="weight has dtype torch.float32"):
         layer()(x)
 

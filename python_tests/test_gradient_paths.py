@@ -167,6 +167,8 @@ def test_the_route_follows_the_size_of_the_block(monkeypatch):
         sk.activate(layer, sk.Submodel(i=i, o=o))
         names.append(type(layer(torch.randn(2, i)).grad_fn).__name__)
     assert names == ["AddmmBackward0", "_LinearBlockBackward"]
+    take(monkeypatch, "node")
+    assert type(layer(torch.randn(2, 5)).grad_fn).__name__ == "_LinearBackward"
 
 
 @families

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import sorted_kernels as sk
 from sorted_kernels.ops.gradient import slot_of, staircase_of
+from sorted_kernels.ops.optimizer import adamw_fallback, sgd_fallback
 from support.poison import assert_same_bits, outside, pattern, prefix
 
 ADAMW = [
@@ -370,6 +372,47 @@ def test_scalar_parameters():
                 (p * p).backward()
                 o.step()
         torch.testing.assert_close(param, twin)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("native", [True, False], ids=["as-built", "fallback"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_a_gradient_with_a_graph(kind, native, monkeypatch):
+    """After create_graph=True a step differentiates nothing, and zeroing drops the graph."""
+    if not native:
+        ops = torch.ops.sorted_kernels
+        for name, fallback in (("adamw", adamw_fallback), ("sgd", sgd_fallback)):
+            monkeypatch.setattr(ops, f"staircase_{name}_", SimpleNamespace(default=fallback))
+    layer = sk.nn.Linear(4, 3, activation="silu", grad_mode="dense")
+    extra = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = getattr(sk.optim, kind)(layer.parameters(), 0.1, **extra)
+    layer(torch.randn(2, 4)).square().sum().backward(create_graph=True)
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before) and layer.weight.grad.requires_grad
+    states = [s for s in optimizer.state[layer.weight].values() if torch.is_tensor(s)]
+    assert states and not any(state.requires_grad for state in states)
+    optimizer.zero_grad(set_to_none=False)
+    assert not layer.weight.grad.requires_grad and not layer.weight.grad.any()
+
+
+def test_step_hooks_and_the_profiler_see_a_step():
+    params = parameters()
+    optimizer = sk.optim.SGD(params, 0.1)
+    set_gradients(params, 0)
+    seen = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append("before")),
+        optimizer.register_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert seen == ["before", "after"]
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert any(event.key == "Optimizer.step#SGD.step" for event in profile.key_averages())
 
 
 BACKENDS = """

@@ -1,4 +1,4 @@
-"""The ways a layer's gradient can take."""
+"""The ways that a layer's gradient can take."""
 
 import importlib
 
@@ -7,21 +7,21 @@ import pytest
 from sorted_kernels.ops import backend
 
 ROUTES = {
-    "leaf": ("inplace", 1 << 40),  # autograd's own node, its result copied into the prefix
-    "node": ("inplace", 0),  # a Python node that writes the prefix in plain PyTorch
-    "kernel": ("inplace", 0),  # the node that a kernel of ours would run in
-    "dense": ("dense", 0),  # the pure path
+    "leaf": ("inplace", 1 << 40, True),  # autograd's own node, its result copied into the prefix
+    "block": ("inplace", 0, True),  # a lean node of linear's, which writes the prefix
+    "node": ("inplace", 0, False),  # the node that calls the back end, as for kernels of ours
+    "dense": ("dense", 0, False),  # the pure path
 }
 routes = pytest.mark.parametrize("route", ROUTES)
-in_place_routes = pytest.mark.parametrize("route", ["leaf", "node", "kernel"])
+in_place_routes = pytest.mark.parametrize("route", ["leaf", "block", "node"])
 
 
 def take(monkeypatch, route):
     """Force a route; returns the layer option that it needs."""
-    mode, elements = ROUTES[route]
+    mode, elements, plain = ROUTES[route]
     monkeypatch.setattr(backend, "LEAF_ELEMENTS", elements)
-    if route == "kernel":
-        for family in ("linear", "layer_norm"):
-            module = importlib.import_module(f"sorted_kernels.ops.{family}")
-            monkeypatch.setattr(module, "in_plain_torch", lambda op, x: False)
+    if not plain:
+        for name in ("linear", "layer_norm"):  # modules: the package's names are the functions
+            module = importlib.import_module(f"sorted_kernels.ops.{name}")
+            monkeypatch.setattr(module, "in_plain_torch", lambda *args: False)
     return {"grad_mode": mode}

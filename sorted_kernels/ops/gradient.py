@@ -283,6 +283,8 @@ class GradientSlot:
         param = self.param()
         if param is None or param.grad is None:
             return
+        if param.grad.requires_grad:  # made with create_graph=True
+            param.grad.detach_()
         if param.grad is not self.buffer or param.grad._version != self.version:
             self._adopt(param.grad)
             self.staircase.cover_all()
