@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,8 +51,9 @@ def trained(task, tmp_path):
     return out
 
 
-def test_demo_quick(tmp_path, capsys):
-    out = tmp_path / "demo"
+def test_demo_quick(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = Path("demo")  # relative, as the default is
     assert run("demo", "--out", out, "--quick", "--quiet") == 0
     printed = capsys.readouterr().out
     assert "96 sub-models" in printed and ": the same" in printed

@@ -63,7 +63,7 @@ def largest_difference(program: Path, inputs: torch.Tensor, expected: torch.Tens
     with tempfile.TemporaryDirectory() as folder:
         cases = Path(folder, "cases.pt")
         torch.save((inputs, expected), cases)
-        command = [sys.executable, "-c", CHECK, str(program), str(cases)]
+        command = [sys.executable, "-c", CHECK, str(program.resolve()), str(cases)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckpointError(f"{program} could not be loaded by torch alone:\n{done.stderr}")
