@@ -165,3 +165,27 @@ def test_no_grad_gives_the_same_output(family):
     assert not quiet.requires_grad
     assert_same_bits(quiet, loud)
     assert_same_bits(quieter.clone(), loud)
+
+
+@pytest.mark.parametrize("family", TRAINED, ids=str)
+def test_saves_only_what_the_wanted_gradients_need(family):
+    """A linear layer's input is kept for its weight's gradient, its weight for its input's."""
+    x, _, parents, _ = make(family, torch.float32, 12, 17, 7, 11, (3,))
+
+    def saved(**wanted):
+        kept = []
+        leaf = x.detach().requires_grad_(wanted.get("x", False)) if not family.indices else x
+        leaves = {n: p.detach().requires_grad_(wanted.get(n, False)) for n, p in parents.items()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), id):
+            ours(family, 7, 11)(leaf, leaves)
+        return kept, leaf.data_ptr(), {n: p.data_ptr() for n, p in leaves.items()}
+
+    assert saved()[0] == []
+    kept, x_at, at = saved(weight=True)
+    assert x_at in kept
+    if family.name in ("linear-none", "linear-none-nobias"):
+        assert at["weight"] not in kept
+        kept, x_at, at = saved(x=True)
+        assert x_at not in kept and at["weight"] in kept
+    if family.indices:
+        assert at["weight"] not in kept

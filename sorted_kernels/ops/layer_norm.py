@@ -16,12 +16,12 @@ from sorted_kernels.ops.backend import implementation, in_plain_torch
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
 from sorted_kernels.ops.gradient import (
     ANCHOR,
-    IN_PLACE_TWICE,
     GradientSlot,
     detached,
     lands,
     prefix_leaf,
 )
+from sorted_kernels.ops.leaf import IN_PLACE_TWICE
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define(

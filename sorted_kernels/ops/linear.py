@@ -23,13 +23,13 @@ from sorted_kernels.ops.checks import (
 )
 from sorted_kernels.ops.gradient import (
     ANCHOR,
-    IN_PLACE_TWICE,
     GradientSlot,
     detached,
     lands,
     prefix_leaf,
     prefix_view,
 )
+from sorted_kernels.ops.leaf import IN_PLACE_TWICE
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference import linear as reference
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
