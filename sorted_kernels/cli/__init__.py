@@ -42,8 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error.format_message(), USAGE)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED)
-    else:
-        raise SystemExit(code or DONE)
+    if code == INTERRUPTED:  # some versions of typer catch it themselves
+        _fail("interrupted", INTERRUPTED)
+    raise SystemExit(code or DONE)
 
 
 def _fail(message: str, code: int) -> None:

@@ -18,7 +18,7 @@ from sorted_kernels.nn import active
 from sorted_kernels.submodel import Submodel
 
 TOLERANCE = 1e-5
-SCRIPT = f'''"""Compares an exported program with what the elastic model computed, by torch alone."""
+SCRIPT = f'''"""Compares an exported program with the elastic model's outputs, by torch alone."""
 
 import sys
 from pathlib import Path
