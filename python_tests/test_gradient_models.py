@@ -7,18 +7,18 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.routes import in_place_routes, routes, take
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sorted_kernels as sk
 from sorted_kernels.models import elastic_residual_mlp
 from sorted_kernels.ops.gradient import slot_of, staircase_of
+from support.routes import ROUTES, in_place_routes, routes, take
 
 SMALL = sk.Submodel(depth=2, width=3)
 
 
-@pytest.fixture(params=["leaf", "node", "dense"])
+@pytest.fixture(params=list(ROUTES))
 def model(request, monkeypatch):
     options = take(monkeypatch, request.param)
     made = elastic_residual_mlp(6, 16, 24, 3, 4, widths=8)
@@ -215,8 +215,9 @@ def test_gradient_penalty(route, monkeypatch):
         assert staircase_of(layer.get_parameter(name)).area == expected[name].numel()
 
 
-def test_gradient_penalty_is_an_error_in_place(monkeypatch):
-    layer, x, dy = penalised("node", monkeypatch)
+@pytest.mark.parametrize("route", ["block", "node"])
+def test_gradient_penalty_is_an_error_in_place(route, monkeypatch):
+    layer, x, dy = penalised(route, monkeypatch)
     with pytest.raises(sk.GradientError, match="grad_mode='dense'"):
         second_order(layer, x, dy)
 

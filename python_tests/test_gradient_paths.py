@@ -4,6 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import sorted_kernels as sk
+from sorted_kernels.ops import backend
+from sorted_kernels.ops.gradient import staircase_of
 from support.oracle import (
     DTYPES,
     EMBEDDING,
@@ -15,10 +19,6 @@ from support.oracle import (
 )
 from support.poison import assert_same_bits, outside, poisoned, prefix
 from support.routes import ROUTES, in_place_routes, routes, take
-
-import sorted_kernels as sk
-from sorted_kernels.ops import backend
-from sorted_kernels.ops.gradient import staircase_of
 
 families = pytest.mark.parametrize("family", TRAINED, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -166,7 +166,9 @@ def test_the_route_follows_the_size_of_the_block(monkeypatch):
     for o, i in ((5, 4), (5, 5)):
         sk.activate(layer, sk.Submodel(i=i, o=o))
         names.append(type(layer(torch.randn(2, i)).grad_fn).__name__)
-    assert names == ["AddmmBackward0", "_LinearBackward"]
+    assert names == ["AddmmBackward0", "_LinearBlockBackward"]
+    take(monkeypatch, "node")
+    assert type(layer(torch.randn(2, 5)).grad_fn).__name__ == "_LinearBackward"
 
 
 @families

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.oracle import TRAINED
-from support.poison import assert_same_bits
-from support.routes import ROUTES, in_place_routes, routes, take
 
 import sorted_kernels as sk
 from sorted_kernels.ops.gradient import slot_if_any, staircase_of
+from support.oracle import TRAINED
+from support.poison import assert_same_bits
+from support.routes import ROUTES, in_place_routes, routes, take
 
 families = pytest.mark.parametrize("family", TRAINED, ids=str)
 M, K = 9, 13

@@ -40,7 +40,8 @@ def test_manifest_says_what_the_library_holds():
     if not manifest.is_file():
         pytest.skip("nothing was compiled, and there is no manifest to say otherwise")
     content = json.loads(manifest.read_text())
-    assert set(content) == {"cuda", "archs", "nvcc", "cxx", "torch", "version"}
+    assert set(content) == {"cuda", "archs", "nvcc", "cxx", "torch", "version", "sources"}
+    assert bool(content["sources"]) == content["cuda"]
     if library.load_compiled():
         assert content["cuda"] == optimizer._has_cuda_kernels()
     assert bool(content["archs"]) == bool(content["nvcc"]) == content["cuda"]

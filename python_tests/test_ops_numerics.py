@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.oracle import DTYPES, EMBEDDING, FAMILIES, TRAINED, assert_outcome, judged, outcome
-from support.poison import assert_same_bits, in_larger_buffer, poisoned, prefix, transposed
 
 import sorted_kernels as sk
+from support.oracle import DTYPES, EMBEDDING, FAMILIES, TRAINED, assert_outcome, judged, outcome
+from support.poison import assert_same_bits, in_larger_buffer, poisoned, prefix, transposed
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 all_families = pytest.mark.parametrize("family", [*FAMILIES, EMBEDDING], ids=str)

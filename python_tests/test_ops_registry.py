@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from support.poison import pattern
 
 import sorted_kernels.ops.optimizer  # noqa: F401  (defines the optimizers' ops)
 from sorted_kernels.ops.gradient import slot_of
 from sorted_kernels.ops.library import NAMESPACE
+from support.poison import pattern
 
 
 def leaf(*shape, dtype=torch.float32):

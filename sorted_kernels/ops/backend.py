@@ -66,18 +66,15 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
-LEAF_ELEMENTS = 1 << 15
+LEAF_ELEMENTS = 1 << 14
 """Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
-node that writes the prefix itself (128 KiB of float32: the copy stays in the cache)."""
+node that writes the prefix itself (64 KiB of float32: the copy stays in the cache)."""
 
 
-def uses_leaves(op: str, x: Tensor, block: int) -> bool:
-    """Whether a layer leaves an op to autograd's own nodes: small block, no kernel of ours."""
+def in_plain_torch(op: str, x: Tensor) -> bool:
+    """Whether a layer trains in eager PyTorch here, so that no kernel of ours takes part."""
     return (
-        block <= LEAF_ELEMENTS
-        and not is_compiling()
-        and torch.is_grad_enabled()
-        and implementation(op, x) is _reference(op)
+        not is_compiling() and torch.is_grad_enabled() and implementation(op, x) is _reference(op)
     )
 
 

@@ -59,7 +59,7 @@ class GradientSlot:
 
     __slots__ = (
         "handle", "param", "token", "buffer", "raw", "storage", "blocks", "version", "address",
-        "staircase", "expected", "task", "hooked", "leaves", "pointer", "__weakref__",
+        "staircase", "expected", "task", "hooked", "leaves", "views", "pointer", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -73,18 +73,20 @@ class GradientSlot:
         self.blocks: dict[tuple[int, int], Tensor] = {}  # views of the buffer
         self.version = 0  # the buffer's version counter when it was last looked at
         self.address = 0  # and where its elements were
-        self.leaves: dict[tuple[int, int], Leaf] = {}
+        self.leaves: dict[tuple[int, int], Leaf] = {}  # blocks of the parameter, in autograd's
+        self.views: dict[tuple[int, int], Tensor] = {}  # graph and outside of it
         self.pointer = 0
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
         self.task = -1  # the backward that the expected gradients belong to
         self.hooked = False
-        key, handle, leaves = id(param), self.handle, self.leaves
+        key, handle, leaves, views = id(param), self.handle, self.leaves, self.views
 
         def forget(_: object) -> None:
             _by_param.pop(key, None)
             _by_handle.pop(handle, None)
-            leaves.clear()  # they are views of the parameter's storage
+            leaves.clear()  # these hold on to the parameter's storage
+            views.clear()
 
         self.param = weakref.ref(param, forget)
 
@@ -212,14 +214,28 @@ class GradientSlot:
         Autograd differentiates it in C++ and hands its gradient to the slot, which copies it into
         the prefix: less host time than a Python node, one more pass over the block.
         """
-        pointer = param.data_ptr()
-        if pointer != self.pointer or len(self.leaves) > 256:  # the storage was swapped
-            self.leaves.clear()
-            self.pointer = pointer
+        self._check_storage(param)
         found = self.leaves.get((m, k))
         if found is None:
             found = self.leaves[m, k] = Leaf(self, param, m, k)
         return found.tensor
+
+    def view(self, param: Tensor, m: int, k: int = 1) -> Tensor:
+        """The block ``param[:m, :k]`` outside of autograd; shares the version counter."""
+        self._check_storage(param)
+        found = self.views.get((m, k))
+        if found is None:
+            block = param.detach()
+            found = self.views[m, k] = block[:m] if block.dim() == 1 else block[:m, :k]
+        return found
+
+    def _check_storage(self, param: Tensor) -> None:
+        """Drop the views of a storage that the parameter no longer has (or too many of them)."""
+        pointer = param.data_ptr()
+        if pointer != self.pointer or len(self.leaves) + len(self.views) > 512:
+            self.leaves.clear()
+            self.views.clear()
+            self.pointer = pointer
 
     def expect(self, m: int, k: int = 1) -> None:
         """Announce that autograd will add a dense gradient that is zero outside ``[:m, :k]``."""
@@ -267,6 +283,8 @@ class GradientSlot:
         param = self.param()
         if param is None or param.grad is None:
             return
+        if param.grad.requires_grad:  # made with create_graph=True
+            param.grad.detach_()
         if param.grad is not self.buffer or param.grad._version != self.version:
             self._adopt(param.grad)
             self.staircase.cover_all()
@@ -279,6 +297,8 @@ class Leaf:
 
     A hook before the leaf's accumulation takes the gradient and passes nothing on: autograd would
     first clone it, since the gradient of a strided block comes out of a matrix product transposed.
+    Gradients wait until the backward ends and are then delivered together, in one tight loop: a
+    step has two a layer, and host time is what small layers cost.
     """
 
     __slots__ = ("tensor", "slot", "m", "k", "node")
@@ -288,18 +308,51 @@ class Leaf:
         self.tensor = (block[:m] if block.dim() == 1 else block[:m, :k]).requires_grad_()
         self.slot, self.m, self.k = slot, m, k
         self.node = _accumulation_node(self.tensor)
-        self.node.register_prehook(self.deliver)
+        self.node.register_prehook(self.take)
 
-    def deliver(self, gradients: tuple[Tensor | None]) -> tuple[None]:
-        """Move the block's gradient into the parameter's."""
+    def take(self, gradients: tuple[Tensor | None]) -> tuple[None]:
+        """Keep the block's gradient until the backward under way ends."""
         gradient = gradients[0]
-        if gradient is None or self.slot.param() is None:
-            return (None,)
-        if gradient.requires_grad:
-            raise GradientError(IN_PLACE_TWICE)
-        out, accumulate = self.slot.prefix(self.m, self.k)
-        out.add_(gradient) if accumulate else out.copy_(gradient)
-        return (None,)
+        if gradient is not None:
+            if gradient.requires_grad:
+                raise GradientError(IN_PLACE_TWICE)
+            task = torch._C._current_graph_task_id()
+            waiting = _waiting.get(task)
+            if waiting is None:
+                waiting = _expect_deliveries(task)
+            waiting.append((self, gradient))
+        return _NOTHING
+
+
+_NOTHING = (None,)
+_waiting: dict[int, list[tuple[Leaf, Tensor]]] = {}  # gradients by the backward they are of
+
+
+def _expect_deliveries(task: int) -> list[tuple[Leaf, Tensor]]:
+    """Open a list for a backward, to be delivered at its end."""
+    if len(_waiting) > 8:  # backwards inside backwards are few: the oldest ended with an error
+        del _waiting[next(iter(_waiting))]
+    _waiting[task] = []
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: _deliver(_waiting.pop(task, [])))
+    return _waiting[task]
+
+
+def _deliver(gradients: list[tuple[Leaf, Tensor]]) -> None:
+    """Move the gradients of blocks into those of their parameters."""
+    overwritten: tuple[list[Tensor], list[Tensor]] = ([], [])
+    added: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for leaf, gradient in gradients:
+        if leaf.slot.param() is not None:
+            out, accumulate = leaf.slot.prefix(leaf.m, leaf.k)
+            outs, values = added if accumulate else overwritten
+            outs.append(out)
+            values.append(gradient)
+    with torch.no_grad():
+        if overwritten[0]:
+            torch._foreach_copy_(*overwritten)
+        if added[0]:
+            torch._foreach_add_(*added)
 
 
 def _clear_outside(buffer: Tensor | None, staircase: Staircase, m: int, k: int) -> None:
@@ -357,6 +410,14 @@ def prefix_leaf(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) ->
     if slot is not None:
         return slot.leaf(param, m, k)
     return param[:m] if param.dim() == 1 else param[:m, :k]
+
+
+def prefix_view(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) -> Tensor:
+    """The block ``param[:m, :k]`` outside of autograd."""
+    if slot is not None:
+        return slot.view(param, m, k)
+    block = param.detach()
+    return block[:m] if block.dim() == 1 else block[:m, :k]
 
 
 def detached(param: Tensor | None) -> Tensor | None:

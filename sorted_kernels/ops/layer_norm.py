@@ -11,7 +11,8 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
-from sorted_kernels.ops.backend import implementation, uses_leaves
+from sorted_kernels.ops import backend
+from sorted_kernels.ops.backend import implementation, in_plain_torch
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
 from sorted_kernels.ops.gradient import (
     ANCHOR,
@@ -239,7 +240,7 @@ def run_layer_norm(
     dense: bool,
 ) -> Tensor:
     """:func:`layer_norm` for layers, whose slots say where gradients land."""
-    if not dense and uses_leaves("layer_norm", x, x.shape[-1]):
+    if not dense and x.shape[-1] <= backend.LEAF_ELEMENTS and in_plain_torch("layer_norm", x):
         k = x.shape[-1]
         scale = None if weight is None else prefix_leaf(weight_slot, weight, k)
         shift = None if bias is None else prefix_leaf(bias_slot, bias, k)

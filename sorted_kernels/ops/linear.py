@@ -11,7 +11,8 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, OptionError, ShapeError
-from sorted_kernels.ops.backend import implementation, uses_leaves
+from sorted_kernels.ops import backend
+from sorted_kernels.ops.backend import implementation, in_plain_torch
 from sorted_kernels.ops.checks import (
     autocast,
     check_count,
@@ -27,8 +28,10 @@ from sorted_kernels.ops.gradient import (
     detached,
     lands,
     prefix_leaf,
+    prefix_view,
 )
 from sorted_kernels.ops.library import LIBRARY
+from sorted_kernels.reference import linear as reference
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
 
 LIBRARY.define(
@@ -191,6 +194,42 @@ class _Linear(Function):
         return dx, *[None] * 8
 
 
+class _LinearBlock(Function):
+    """In-place gradients in plain PyTorch on a view of the block: as little Python as can be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        block: Tensor,
+        bias: Tensor | None,
+        weight_slot: GradientSlot | None,
+        bias_slot: GradientSlot | None,
+        anchor: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(
+            x if weight_slot is not None else None, block if ctx.needs_input_grad[0] else None
+        )
+        ctx.slots, ctx.in_features = (weight_slot, bias_slot), x.shape[-1]
+        return F.linear(x, block, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise GradientError(IN_PLACE_TWICE)
+        x, block = ctx.saved_tensors
+        weight_slot, bias_slot = ctx.slots
+        dx = None if block is None else dy @ block
+        m, k = dy.shape[-1], ctx.in_features
+        rows = dy if dy.dim() == 2 else dy.reshape(-1, m)
+        if weight_slot is not None and lands(weight_slot):
+            x_rows = x if x.dim() == 2 else x.reshape(-1, k)
+            reference.linear_wgrad_into(rows, x_rows, *weight_slot.prefix(m, k))
+        if bias_slot is not None and lands(bias_slot):
+            reference.bias_grad_into(rows, *bias_slot.prefix(m))
+        return dx, None, None, None, None, None
+
+
 def _save(
     ctx: Any,
     x: Tensor,
@@ -331,15 +370,24 @@ def run_linear(
     dense: bool,
 ) -> Tensor:
     """:func:`linear` for layers, whose slots say where gradients land (``dense``: not there)."""
-    if not dense and uses_leaves("linear", x, out_features * x.shape[-1]):
-        block = prefix_leaf(weight_slot, weight, out_features, x.shape[-1])
-        shift = None if bias is None else prefix_leaf(bias_slot, bias, out_features)
+    if not dense and in_plain_torch("linear", x):
+        k = x.shape[-1]
         try:
-            z = F.linear(x, block, shift)
+            if out_features * k <= backend.LEAF_ELEMENTS:
+                block = prefix_leaf(weight_slot, weight, out_features, k)
+                shift = None if bias is None else prefix_leaf(bias_slot, bias, out_features)
+                z = F.linear(x, block, shift)
+            elif not torch.is_autocast_enabled(x.device.type):
+                block = prefix_view(weight_slot, weight, out_features, k)
+                shift = None if bias is None else prefix_view(bias_slot, bias, out_features)
+                z = _LinearBlock.apply(x, block, shift, weight_slot, bias_slot, ANCHOR)
+            else:
+                z = None
         except RuntimeError:
             check_linear(x, weight, bias, out_features, activation)  # says what was wrong
             raise
-        return z if activation == "none" else activate(z, activation)
+        if z is not None:
+            return z if activation == "none" else activate(z, activation)
     x = autocast(x)
     check_linear(x, weight, bias, out_features, activation)
     if is_compiling():

@@ -70,6 +70,7 @@ def _band_views(bands: Sequence[int], *lists: Sequence[Tensor]) -> Iterator[tupl
         yield index, *(v[:, :cols] if v is not None and v.dim() == 2 else v for v in views)
 
 
+@torch.no_grad()
 def adamw_fallback(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -105,6 +106,7 @@ def adamw_fallback(
             grad.data.zero_()  # counts no version, as the compiled kernels do not
 
 
+@torch.no_grad()
 def sgd_fallback(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

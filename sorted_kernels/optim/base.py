@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim import optimizer as torch_optimizer
 
-from sorted_kernels.errors import DTypeError, OptionError, ShapeError
+from sorted_kernels.errors import DTypeError, OptionError, StrideError
 from sorted_kernels.ops.gradient import slot_if_any, staircase_of, zero_gradient
 from sorted_kernels.staircase import Staircase
 
@@ -21,19 +23,26 @@ _WIDE = (torch.float32, torch.float64)
 class Record:
     """What the optimizer keeps at hand of one parameter: its slot, and its tensors as a matrix."""
 
-    __slots__ = ("param", "matrix", "inner", "state", "states", "master", "slot")
+    __slots__ = (
+        "param", "matrix", "reshaped", "whole", "inner", "state", "states", "master", "slot",
+    )  # fmt: skip
 
     def __init__(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
         self.param, self.state, self.slot = param, state, slot_if_any(param)
-        self.inner = param[0, 0].numel() if param.dim() > 2 else 1
         self.matrix = as_matrix(param.detach())
+        self.reshaped = self.matrix.dim() != param.dim()
+        cols = param.shape[1] if param.dim() > 1 else 1
+        self.whole = [(self.matrix.shape[0], cols)]
+        self.inner = math.prod(param.shape[2:])
         self.states = [as_matrix(state[name]) for name in names]
         self.master = as_matrix(state["master"]) if "master" in state else None
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """Axes beyond the second joined to the columns, as a view."""
-    return tensor.flatten(1) if tensor.dim() > 2 else tensor
+    """Axes beyond the second joined to the columns, as a view; a scalar is a row of one."""
+    if tensor.dim() > 2:
+        return tensor.flatten(1)
+    return tensor if tensor.dim() else tensor.view(1)
 
 
 class Bucket:
@@ -74,7 +83,6 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         self._records: dict[Tensor, Record] = {}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient.
 
@@ -83,7 +91,17 @@ class StaircaseOptimizer(torch.optim.Optimizer):
 
         Raises:
             DTypeError: A sparse gradient, or a parameter that is not floating.
+            StrideError: A parameter whose rows are not contiguous.
         """
+        if _watched(self):
+            return _step_with_hooks(self, closure)
+        return self._step(closure)
+
+    # Torch wraps every optimizer's step for its hooks and its profiler, at the cost of a small
+    # step of ours; that wrapper is called above where somebody listens.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,13 +128,17 @@ class StaircaseOptimizer(torch.optim.Optimizer):
             if grad is None:
                 continue
             record = self._records.get(param)
-            if record is None or record.matrix.data_ptr() != param.data_ptr():
+            if (
+                record is None
+                or record.matrix.data_ptr() != param.data_ptr()
+                or len(record.states) != len(names)  # momentum was turned on or off
+            ):
                 record = self._make_record(param, grad, names)
             slot = record.slot
             if slot is not None and grad is not slot.buffer:
                 slot = None  # this gradient came another way
             if self.update == "whole":
-                corners = [(param.shape[0], param.shape[1] if param.dim() > 1 else 1)]
+                corners = record.whole
             else:
                 corners = (slot.staircase if slot is not None else staircase_of(param)).corners
                 if not corners:
@@ -127,7 +149,7 @@ class StaircaseOptimizer(torch.optim.Optimizer):
                 bucket = buckets.setdefault(key, Bucket(len(names)))
             index, begin, inner = len(bucket.params), 0, record.inner
             bucket.params.append(record.matrix)
-            bucket.grads.append(grad if inner == 1 else as_matrix(grad))
+            bucket.grads.append(as_matrix(grad) if record.reshaped else grad)
             for held, tensor in zip(bucket.states, record.states):  # noqa: B905  (hot loop)
                 held.append(tensor)
             if record.master is not None:
@@ -145,17 +167,15 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             _check(param, grad)
-            self._init_state(param, state, names)
-        record = self._records[param] = Record(param, state, names)
-        return record
-
-    def _init_state(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
-        state["step"] = 0
+            state["step"] = 0
+            if param.dtype in _HALF:
+                state["master"] = param.detach().to(torch.float32, copy=True)
         wide = torch.float32 if param.dtype in _HALF else param.dtype
         for name in names:
-            state[name] = torch.zeros_like(param, dtype=wide, memory_format=_DENSE)
-        if param.dtype in _HALF:
-            state["master"] = param.detach().to(torch.float32, copy=True)
+            if name not in state:
+                state[name] = torch.zeros_like(param, dtype=wide, memory_format=_DENSE)
+        record = self._records[param] = Record(param, state, names)
+        return record
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients at the cost of their staircases (at none when set to None)."""
@@ -189,6 +209,20 @@ class StaircaseOptimizer(torch.optim.Optimizer):
                     self.state[param][name] = value.to(param.device, copy=True)
 
 
+_step_with_hooks = torch.optim.Optimizer.profile_hook_step(StaircaseOptimizer._step)
+
+
+def _watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks or the profiler want to know of a step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
 _DENSE = torch.contiguous_format
 
 
@@ -199,10 +233,11 @@ def _check(param: Tensor, grad: Tensor) -> None:
         raise DTypeError(
             f"a parameter has dtype {param.dtype}; allowed are float32, float64, bfloat16, float16"
         )
-    if param.dim() == 0 or (param.dim() > 2 and not param.is_contiguous()):
-        raise ShapeError(
+    transposed = param.dim() == 2 and param.stride(1) != 1 and param.shape[1] > 1
+    if transposed or (param.dim() > 2 and not param.is_contiguous()):
+        raise StrideError(
             f"a parameter has shape {tuple(param.shape)} and strides {param.stride()}; allowed are "
-            "one or two axes with a unit inner stride, or more that are contiguous"
+            "two axes with a unit inner stride, or more that are contiguous"
         )
 
 
