@@ -47,17 +47,13 @@ def training(epochs: int = 3) -> torch.nn.Module:
     best = sk.inference.select(results, min_recovery=99)
     print(f"cheapest within 99% of the best: {best.submodel}, {100 * best.metric:.1f}%")
     small = sk.export(model, best.submodel)  # a plain torch module
-    assert torch.equal(small(data.test_inputs), _active(model, best.submodel, data.test_inputs))
+    with sk.active(model.eval(), best.submodel):
+        torch.testing.assert_close(small.eval()(data.test_inputs), model(data.test_inputs))
 
-    for exit_ in sk.inference.anytime(model.eval(), data.test_inputs):
+    for exit_ in sk.inference.anytime(model, data.test_inputs):
         right = (exit_.output.argmax(-1) == data.test_targets).float().mean()
         print(f"depth {exit_.depth}: {100 * right:.1f}% after {exit_.elapsed_ms:.1f} ms")
     return small
-
-
-def _active(model: torch.nn.Module, submodel: sk.Submodel, x: torch.Tensor) -> torch.Tensor:
-    with sk.active(model, submodel):
-        return model(x)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The command line: what it writes, its exit codes, and its errors."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
@@ -16,17 +19,46 @@ import sorted_kernels as sk
 from sorted_kernels.cli.tasks import Task
 from sorted_kernels.data import Batches
 
-def make():
-    torch.manual_seed(0)
+def make(**changes):
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     sk.elasticize(model, {"0": {"out": "width"}, "2": {"in": "width"}})
     x = torch.randn(24, 4)
     t = x[:, :3].argmax(-1)
-    space = sk.SubmodelSpace(width=[2, 4, 8])
-    return Task(model, space, Batches(x, t, 8), Batches(x, t, 8, shuffle=False), x[:2])
+    parts = dict(
+        model=model,
+        space=sk.SubmodelSpace(width=[2, 4, 8]),
+        train_loader=Batches(x, t, 8),
+        test_loader=Batches(x, t, 8, shuffle=False),
+        example=x[:1],
+    )
+    return Task(**{**parts, **changes})
+
+def regression():
+    x = torch.randn(24, 4)
+    data = Batches(x, x[:, :3], 8)
+    error = lambda outputs, targets: ((outputs - targets).square().sum(), len(targets))
+    return make(train_loader=data, test_loader=data, loss=torch.nn.MSELoss(), metric=error)
 
 def nothing():
     return None
+
+def raises():
+    return 1 / 0
+
+def wrong_dimension():
+    return make(space=sk.SubmodelSpace(height=[1]))
+
+def wrong_example():
+    return make(example=torch.randn(2, 5))
+
+def no_example():
+    return make(example=None)
+
+def empty_example():
+    return make(example=torch.randn(0, 4))
+
+def endless():
+    return make(train_loader=iter([]))
 """
 
 
@@ -51,22 +83,38 @@ def trained(task, tmp_path):
     return out
 
 
-def test_demo_quick(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out = Path("demo")  # relative, as the default is
-    assert run("demo", "--out", out, "--quick", "--quiet") == 0
+@pytest.mark.slow
+def test_demo_quick(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # paths may be relative, and are by default
+    assert run("demo", "--quick", "--quiet") == 0
     printed = capsys.readouterr().out
     assert "96 sub-models" in printed and ": the same" in printed
+    out = tmp_path / "runs" / "demo-quick"
     for name in ("heat_map.png", "cost.png", "results.csv", "results.json", "selected.pt2"):
         assert (out / name).stat().st_size > 0
+        assert name == "results.json" or f"runs/demo-quick/{name}" in printed
     assert json.loads((out / "config.json").read_text())["epochs"] == 3
     assert len((out / "results.csv").read_text().splitlines()) == 97
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["export_difference"] <= 1e-5
+    assert summary["worst_half"] <= summary["largest"] <= summary["best"]
+    assert summary["chosen_accuracy"] >= 0.99 * summary["best"]
+
+    check = [sys.executable, str(out / "check_selected.py")]
+    assert subprocess.run(check, cwd="/", capture_output=True, check=False).returncode == 0
+    case = torch.load(out / "selected_case.pt")
+    case["outputs"][3, 2] += 1e-4
+    torch.save(case, out / "selected_case.pt")
+    assert subprocess.run(check, cwd="/", capture_output=True, check=False).returncode == 1
 
 
 def test_train_evaluate_select_export(trained, tmp_path, capsys):
-    assert run("evaluate", trained, "--quiet") == 0
-    assert run("select", trained, "--min-recovery", 50) == 0
-    assert "width" in capsys.readouterr().out
+    assert run("evaluate", trained, "--latency", "--quiet") == 0
+    printed = capsys.readouterr().out
+    assert "latency" in printed and "heat_map.png" in printed
+    assert run("select", trained, "--max-latency-ms", 1e6) == 0
+    assert "--submodel width=" in capsys.readouterr().out
+
     program = tmp_path / "small.pt2"
     assert run("export", trained, "--submodel", "width=4", "--out", program) == 0
     outputs = torch.export.load(program).module()(torch.randn(7, 4))
@@ -78,11 +126,54 @@ def test_train_evaluate_select_export(trained, tmp_path, capsys):
     assert load_file(weights)["0.weight"].shape == (4, 4)
 
 
-def test_train_again_goes_on_from_the_end(trained, task, capsys):
+def test_a_task_brings_its_loss_and_metric(task, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("train", "--out", out, "--task", f"{task}:regression", "--steps", 2, "--quiet")
+    for objective in ("stochastic", "stochastic-summation", "summation"):
+        assert run(*arguments, "--objective", objective) == 0
+        assert run("evaluate", out, "--quiet") == 0
+        assert json.loads((out / "results.json").read_text())["metric"] == "<lambda>"
+        out = tmp_path / objective
+        arguments = (*arguments[:2], out, *arguments[3:])
+
+
+def test_train_again_goes_on_from_the_end(trained, task):
     before = (trained / "history.json").read_text()
-    arguments = ("--out", trained, "--task", f"{task}:make", "--epochs", 4, "--quiet")
-    assert run("train", *arguments) == 0
+    arguments = ("train", "--out", trained, "--task", f"{task}:make", "--epochs", 4, "--quiet")
+    assert run(*arguments) == 0
+    assert run(*arguments, "--resume") == 0
+    assert run(*arguments, "--no-resume") == 2
     assert (trained / "history.json").read_text() == before
+
+
+def test_interrupted_training_goes_on(tmp_path):
+    digits = ["train", "--epochs", "20", "--width", "16", "--hidden", "16", "--quiet", "--out"]
+    assert run(*digits, tmp_path / "whole") == 0
+    cut = tmp_path / "cut"
+    command = [sys.executable, "-m", "sorted_kernels.cli", *digits, str(cut)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
+    while not list(cut.glob("checkpoints/step-*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "error: interrupted"
+    assert run(*digits, cut) == 0
+    assert (cut / "history.json").read_text() == (tmp_path / "whole" / "history.json").read_text()
+
+
+def test_held_out_digits_are_training_digits():
+    from sorted_kernels.cli.recipe import Recipe
+    from sorted_kernels.cli.tasks import load_task
+
+    def rows(loader):
+        return {tuple(row.tolist()) for row in loader.inputs}
+
+    plain, held = (load_task(Recipe(width=16, hidden=16, holdout=h)) for h in (False, True))
+    train, judge = rows(held.train_loader), rows(held.test_loader)
+    assert train | judge == rows(plain.train_loader)
+    assert not train & judge and not judge & rows(plain.test_loader)
 
 
 def test_doctor(capsys):
@@ -95,36 +186,106 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--out", "{tmp}/r", "--objective", "magic"), "magic.*stochastic"),
-        (("train", "--out", "{tmp}/r", "--task", "nowhere"), "'nowhere'.*digits"),
-        (("train", "--out", "{tmp}/r", "--task", "{tmp}/task.py:absent"), "absent"),
-        (("train", "--out", "{tmp}/r", "--task", "{tmp}/task.py:nothing"), "NoneType.*Task"),
-        (("train", "--out", "{tmp}/r", "--epochs", "0"), "--epochs 0 must be at least 1"),
-        (("train", "--out", "{tmp}/task.py/r"), "cannot be written"),
-        (("train",), "out"),
+        (("train", "--out", "{tmp}/r", "--objective", "magic"), "'magic'.*stochastic"),
+        (("train", "--out", "{tmp}/r", "--epochs", "0"), "--epochs is 0.*at least 1"),
+        (("train", "--out", "{tmp}/r", "--epochs", "many"), "--epochs"),
+        (("train", "--out", "{tmp}/r", "--width", "7"), "--width is 7.*at least 8"),
+        (("train", "--out", "{tmp}/r", "--lr", "nan"), "--lr is nan.*above 0"),
+        (("train", "--out", "{tmp}/r", "--weight-decay", "-1"), "--weight-decay is -1.0"),
+        (("train", "--out", "{tmp}/r", "--warmup", "1"), "--warmup is 1.0.*below 1"),
+        (("train", "--out", "{tmp}/r", "--seed", "-1"), "--seed is -1"),
+        (("train", "--out", "{tmp}/r", "--device", "tpu"), "'tpu'.*auto, cpu, cuda"),
+        (("train", "--out", "{tmp}/task.py/r", "--steps", "1"), "task.py/r.*cannot be written"),
+        (("train", "--out", "{run}", "--lr", "1", "--task", "{tmp}/task.py:make"), "--lr 0.002 th"),
+        (("train",), "--out"),
         (("nonsense",), "nonsense"),
         (("evaluate", "{tmp}"), "no run"),
-        (("select", "{tmp}", "--max-flops", "5"), "results.json"),
+        (("select", "{tmp}", "--max-flops", "5"), "has no results.json.*evaluate"),
         (("export", "{run}", "--submodel", "width=9", "--out", "{tmp}/x.pt2"), "width=9.*1..8"),
+        (("export", "{run}", "--submodel", "width=0", "--out", "{tmp}/x.pt2"), "width.*0"),
         (("export", "{run}", "--submodel", "depth=1", "--out", "{tmp}/x.pt2"), "'depth'"),
         (("export", "{run}", "--submodel", "width", "--out", "{tmp}/x.pt2"), "width=4"),
         (("export", "{run}", "--submodel", "width=4", "--out", "{tmp}/x.onnx"), "pt2"),
         (("export", "{run}", "--submodel", "width=4", "--out", "{tmp}/task.py/x.pt2"), "written"),
-        (("train", "--out", "{run}", "--epochs", "9", "--task", "{tmp}/task.py:make"), "other"),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, tuple) else "",
 )
 def test_wrong_input(arguments, message, trained, tmp_path, capsys):
-    before = sorted(path.name for path in tmp_path.iterdir())
-    filled = [argument.format(tmp=tmp_path, run=trained) for argument in arguments]
-    assert run(*filled) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    import re
+    _assert_refused(arguments, message, trained, tmp_path, capsys)
 
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere", "'nowhere'.*'digits'"),
+        ("{tmp}/absent.py:make", "absent.py:make.*'digits'"),
+        ("{tmp}/task.py:absent", "'absent'"),
+        ("{tmp}/task.py:nothing", "NoneType.*Task"),
+        ("{tmp}/task.py:raises", "ZeroDivisionError"),
+        ("{tmp}/task.py:wrong_dimension", "fails at height=1.*'height'"),
+        ("{tmp}/task.py:wrong_example", "fails at width=2"),
+        ("{tmp}/task.py:no_example", "example is a NoneType"),
+        ("{tmp}/task.py:empty_example", r"example has shape \(0, 4\)"),
+        ("{tmp}/task.py:endless", "train_loader has no length"),
+        ("{tmp}/broken.py:make", "broken.py.*cannot be loaded.*SyntaxError"),
+        ("{tmp}/run/config.json:make", "not a Python file"),
+    ],
+)
+def test_wrong_task(spec, message, trained, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("def make(:")
+    arguments = ("train", "--out", "{tmp}/r", "--task", spec)
+    _assert_refused(arguments, message, trained, tmp_path, capsys)
+
+
+def _assert_refused(arguments, message, trained, tmp_path, capsys):
+    """Exit code 2, one line that says what is wrong, and nothing written."""
+    before = sorted(tmp_path.rglob("*"))
+    filled = [argument.format(tmp=tmp_path, run=trained) for argument in arguments]
+    capsys.readouterr()
+    assert run(*filled) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
     assert re.search(message, error), error
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert [name for name in left if name not in before] in ([], ["r"])
+    assert "Traceback" not in error
+    left = [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts]
+    assert left == before
+
+
+def test_options_of_the_digits_are_refused_for_a_file(task, tmp_path, capsys):
+    arguments = ("--out", tmp_path / "r", "--task", f"{task}:make", "--hidden", 64)
+    assert run("train", *arguments) == 2
+    assert "--hidden is an option of the task 'digits'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"task": "digits"}', "\xff"],
+    ids=["empty", "list", "bare", "one", "bytes"],
+)
+def test_damaged_configuration(content, trained, capsys):
+    (trained / "config.json").write_bytes(content.encode("latin-1"))
+    assert run("evaluate", trained) == 2
+    assert re.search("config.json' is no run's configuration", capsys.readouterr().err)
+
+
+def test_a_run_without_checkpoint(trained, capsys):
+    for path in (trained / "checkpoints").iterdir():
+        path.rename(trained / path.name)
+    assert run("evaluate", trained) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    from sorted_kernels import CheckpointError
+
+    with pytest.raises(CheckpointError, match="no run"):
+        main(["evaluate", str(tmp_path), "--debug"])
+
+
+def test_bare_command_shows_help(capsys):
+    assert run() == 2
+    shown = capsys.readouterr()
+    assert "Exit codes" in shown.out and "error" not in shown.err
 
 
 def test_help_has_examples(capsys):
@@ -136,11 +297,16 @@ def test_help_has_examples(capsys):
 def test_without_the_extra_it_says_which(tmp_path):
     (tmp_path / "typer.py").write_text("raise ImportError('no', name='typer')")
     done = subprocess.run(
-        [sys.executable, "-c", "from sorted_kernels.cli import main; main(['doctor'])"],
-        env={"PYTHONPATH": f"{tmp_path}:{':'.join(filter(None, sys.path))}"},
+        [sys.executable, "-m", "sorted_kernels.cli", "doctor"],
+        env=_environment(str(tmp_path)),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert "sorted_kernels[cli]" in done.stderr
+    assert done.stderr.startswith("error: typer") and "sorted_kernels[cli]" in done.stderr
+
+
+def _environment(*first):
+    """Ours, with this process's import path after some folders."""
+    return {**os.environ, "PYTHONPATH": ":".join([*first, *filter(None, sys.path)])}

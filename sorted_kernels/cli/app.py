@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,7 +11,9 @@ from rich.table import Table
 
 from sorted_kernels.cli import doctor as doctoring
 from sorted_kernels.cli import exporting, runs
-from sorted_kernels.cli.demo import OPTIONS, run_demo
+from sorted_kernels.cli.demo import run_demo
+from sorted_kernels.cli.recipe import OBJECTIVES, Recipe
+from sorted_kernels.cli.tasks import resolve
 from sorted_kernels.errors import OptionError
 from sorted_kernels.inference import Results, select
 from sorted_kernels.inference.results import Row
@@ -23,11 +25,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train, judge, choose and export the sub-models of one set of weights.\n\n"
-    "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 130 interrupted.",
+    "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 130 interrupted. "
+    "--debug, anywhere, shows where an error comes from.",
 )
 console = Console()
 
 Run = Annotated[Path, typer.Argument(help="Folder that `train` or `demo` wrote.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -37,22 +42,28 @@ def _examples(*lines: str) -> str:
 
 @app.command(epilog=_examples("demo", "demo --out runs/seed1 --seed 1", "demo --quick"))
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for what comes out.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what comes out. [default: runs/demo]")
+    ] = None,
+    seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="3 epochs, to see it work.")] = False,
+    device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Train 96 sub-models at once on handwritten digits, draw, select, export, and prove it."""
     run_demo(
-        out, seed=seed, epochs=3 if quick else int(OPTIONS["epochs"]),  # type: ignore[call-overload]
-        progress=not quiet, console=console,
-    )  # fmt: skip
+        out or Path("runs/demo-quick" if quick else "runs/demo"),
+        Recipe(seed=seed, epochs=3 if quick else Recipe.epochs),
+        device=runs.pick_device(device),
+        progress=not quiet,
+        console=console,
+    )
 
 
 @app.command(epilog=_examples("doctor"))
 def doctor() -> None:
     """Show what is installed, which back end each operation takes here and why."""
-    doctoring.report(console, Table)
+    doctoring.report(console)
 
 
 @app.command(
@@ -63,63 +74,99 @@ def doctor() -> None:
     )
 )
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run; resumed if it was begun.")],
-    task: Annotated[str, typer.Option(help="'digits', or path/to/file.py:function.")] = "digits",
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    task: Annotated[str, typer.Option(help="'digits', or path/to/file.py:function.")] = Recipe.task,
     objective: Annotated[
-        str, typer.Option(help=f"One of {', '.join(runs.OBJECTIVES)}.")
-    ] = "stochastic",
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = OPTIONS["epochs"],  # type: ignore[assignment]
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = OPTIONS["lr"],  # type: ignore[assignment]
-    weight_decay: Annotated[float, typer.Option(help="Decoupled decay.")] = OPTIONS["weight_decay"],  # type: ignore[assignment]
-    accumulate: Annotated[int, typer.Option(help="Micro-batches an optimizer step.")] = 1,
-    width: Annotated[int, typer.Option(help="Digits: residual width.")] = OPTIONS["width"],  # type: ignore[assignment]
-    hidden: Annotated[int, typer.Option(help="Digits: width inside blocks.")] = OPTIONS["hidden"],  # type: ignore[assignment]
-    batch_size: Annotated[int, typer.Option(help="Digits: rows a batch.")] = OPTIONS["batch_size"],  # type: ignore[assignment]
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+        str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")
+    ] = Recipe.objective,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = Recipe.epochs,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps, in place of epochs.")
+    ] = Recipe.steps,
+    batch_size: Annotated[int, typer.Option(help="Digits: rows a batch.")] = Recipe.batch_size,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Recipe.lr,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled decay.")] = Recipe.weight_decay,
+    warmup: Annotated[float, typer.Option(help="Part of all steps that warm up.")] = Recipe.warmup,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = Recipe.clip,
+    accumulate: Annotated[
+        int, typer.Option(help="Micro-batches an optimizer step.")
+    ] = Recipe.accumulate,
+    depth: Annotated[int, typer.Option(help="Digits: residual blocks.")] = Recipe.depth,
+    width: Annotated[int, typer.Option(help="Digits: features between blocks.")] = Recipe.width,
+    hidden: Annotated[int, typer.Option(help="Digits: features inside a block.")] = Recipe.hidden,
+    holdout: Annotated[
+        bool, typer.Option("--holdout", help="Digits: judge on a fifth of the training digits.")
+    ] = Recipe.holdout,
+    seed: Seed = Recipe.seed,
+    resume: Annotated[
+        bool | None,
+        typer.Option(help="Demand, or refuse, a begun run. [default: go on if there is one]"),
+    ] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Train all sub-models of a task at once."""
-    options = {
-        "task": task,
-        "objective": objective,
-        "epochs": epochs,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "accumulate": accumulate,
-        "width": width,
-        "hidden": hidden,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    runs.train_run(out, options, resume="auto", progress=not quiet)
-    console.print(f"trained; next: sorted-kernels evaluate {out}")
+    """Train all sub-models of a task at once; run it again to go on where it was interrupted."""
+    recipe = Recipe(
+        task=resolve(task),
+        objective=objective,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        clip=clip,
+        accumulate=accumulate,
+        depth=depth,
+        width=width,
+        hidden=hidden,
+        holdout=holdout,
+        seed=seed,
+    )
+    runs.train_run(
+        out,
+        recipe,
+        device=runs.pick_device(device),
+        resume="auto" if resume is None else resume,
+        progress=not quiet,
+    )
+    _say(f"trained; next: sorted-kernels evaluate {out}")
 
 
-@app.command(epilog=_examples("evaluate runs/digits"))
-def evaluate(run: Run, quiet: Quiet = False) -> None:
+@app.command(epilog=_examples("evaluate runs/digits", "evaluate runs/digits --latency"))
+def evaluate(
+    run: Run,
+    latency: Annotated[bool, typer.Option("--latency", help="Time each forward, too.")] = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
     """Evaluate every sub-model of a run; write the table and two pictures."""
-    results = runs.evaluate_run(runs.open_run(run), run, progress=not quiet)
-    _print_rows(results, [*results])
-    for path in (*runs.draw(results, run), run / "results.csv", run / "results.json"):
-        console.print(path)
+    task = runs.open_run(run, runs.pick_device(device))
+    results = runs.evaluate_run(task, run, latency=latency, progress=not quiet)
+    _print_rows(results, results.rows)
+    for path in (*runs.draw(results, run), run / "results.csv", run / runs.RESULTS):
+        _say(str(path))
 
 
 @app.command(
     name="select",
     epilog=_examples(
-        "select runs/digits --max-flops 500000", "select runs/digits --min-recovery 99"
+        "select runs/digits --min-recovery 99",
+        "select runs/digits --max-flops 500000 --max-params 300000",
     ),
 )
 def select_command(
     run: Run,
     max_flops: Annotated[float | None, typer.Option(help="FLOPs of one forward.")] = None,
     max_params: Annotated[float | None, typer.Option(help="Parameters.")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds a forward.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds a forward (`evaluate --latency`).")
+    ] = None,
     min_metric: Annotated[float | None, typer.Option(help="Metric to reach, e.g. 0.97.")] = None,
     min_recovery: Annotated[float | None, typer.Option(help="Percent of the best metric.")] = None,
 ) -> None:
     """Choose the best sub-model within a budget, or the cheapest that is good enough."""
-    results = Results.from_json(run / "results.json")
+    results = runs.read_results(run)
     chosen = select(
         results,
         max_flops=max_flops,
@@ -129,6 +176,8 @@ def select_command(
         min_recovery=min_recovery,
     )
     _print_rows(results, [chosen])
+    sizes = ",".join(f"{name}={size}" for name, size in chosen.submodel.items())
+    _say(f"next: sorted-kernels export {run} --submodel {sizes} --out model.pt2")
 
 
 @app.command(
@@ -141,37 +190,47 @@ def select_command(
 def export_command(
     run: Run,
     submodel: Annotated[str, typer.Option(help="Sizes, e.g. depth=6,width=4.")],
-    out: Annotated[Path, typer.Option(help=".pt2 (a program) or .safetensors (weights).")],
+    out: Annotated[
+        Path, typer.Option(help="File: .pt2 (a torch.export program) or .safetensors (weights).")
+    ],
 ) -> None:
-    """Write one sub-model to a file of its own."""
-    chosen, task = parse_submodel(submodel), runs.open_run(run)
+    """Write one sub-model to a file of its own, which torch alone can load."""
+    if out.suffix not in (".pt2", ".safetensors"):
+        raise OptionError(f"--out is {str(out)!r}; allowed suffixes are .pt2 and .safetensors")
+    chosen, task = parse_submodel(submodel), runs.open_run(run, runs.pick_device("cpu"))
     if out.suffix == ".pt2":
         exporting.write_program(task.model, chosen, task.example, out)
-    elif out.suffix == ".safetensors":
-        exporting.write_weights(task.model, chosen, out)
     else:
-        raise OptionError(f"--out {str(out)!r}: allowed suffixes are .pt2 and .safetensors")
-    console.print(f"{out}: {chosen}")
+        exporting.write_weights(task.model, chosen, out)
+    _say(f"{out}: {chosen}")
 
 
 def parse_submodel(text: str) -> Submodel:
-    """``depth=6,width=4`` as a sub-model."""
-    sizes = {}
+    """``depth=6,width=4`` as a sub-model.
+
+    Raises:
+        OptionError: The text is not like that.
+        DimensionError: A size is below 1.
+    """
+    sizes: dict[str, int] = {}
     for part in text.split(","):
-        name, separator, size = part.strip().partition("=")
-        if not separator or not name.isidentifier() or not size.strip().isdigit():
-            raise OptionError(f"--submodel {text!r} is not like depth=6,width=4")
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if not name.isidentifier() or not size.isdecimal() or name in sizes:
+            raise OptionError(f"--submodel is {text!r}; allowed is the like of depth=6,width=4")
         sizes[name] = int(size)
     return Submodel(**sizes)
 
 
-def _print_rows(results: Results, rows: list[Row]) -> None:
+def _print_rows(results: Results, rows: tuple[Row, ...] | list[Row]) -> None:
+    titles, lines = results.table()
     table = Table()
-    for heading in (*results.dimensions, results.metric, "recovery %", "FLOPs", "parameters"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        sizes: list[Any] = [row.submodel[name] for name in results.dimensions]
-        cells = [f"{row.metric:.4f}", f"{results.recovery(row):.1f}"]
-        costs = [f"{row.flops:,}", f"{row.parameters:,}"]
-        table.add_row(*map(str, sizes), *cells, *costs)
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row, line in zip(results.rows, lines, strict=True):
+        if row in rows:
+            table.add_row(*line)
     console.print(table)
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

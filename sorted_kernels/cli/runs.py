@@ -3,116 +3,142 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sorted_kernels import optim, training
+from sorted_kernels.cli.recipe import OBJECTIVES, Recipe
 from sorted_kernels.cli.tasks import Task, load_task
-from sorted_kernels.errors import CheckpointError, OptionError
+from sorted_kernels.errors import CheckpointError, DeviceError, OptionError
 from sorted_kernels.inference import Results, cost_plot, evaluate, heat_map
+from sorted_kernels.inference.files import replacing
 from sorted_kernels.inference.results import Row
 
-OBJECTIVES = {
-    "stochastic": training.Stochastic,
-    "stochastic-summation": training.StochasticSummation,
-    "summation": training.Summation,
-    "sandwich": training.Sandwich,
-}
-_DIGITS_OPTIONS = ("width", "hidden", "batch_size", "seed")
+CONFIG, CHECKPOINTS, RESULTS = "config.json", "checkpoints", "results.json"
 
 
-def train_run(out: Path, options: Mapping[str, Any], *, resume: bool | str, progress: bool) -> Task:
+def pick_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` is the GPU where torch sees one.
+
+    Raises:
+        DeviceError: It is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise DeviceError(f"--device is {name!r}; allowed are auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device is 'cuda', and torch sees no GPU here; allowed are auto, cpu")
+    return torch.device(name)
+
+
+def train_run(
+    out: Path,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    resume: bool | str = "auto",
+    progress: bool = True,
+) -> Task:
     """Train a task into a folder: ``config.json``, ``checkpoints/`` and ``history.json``.
 
     Args:
         out: The folder.
-        options: ``task``, ``objective``, ``epochs``, ``lr``, ``weight_decay``, ``accumulate``, and
-            for the digits ``width``, ``hidden``, ``batch_size``, ``seed``.
+        recipe: What to train and how.
+        device: Where to train.
         resume: As for ``fit``.
         progress: Show progress.
 
     Raises:
-        OptionError: A value outside what is allowed.
+        OptionError: The task cannot be trained so.
         CheckpointError: The folder cannot be written or holds another run.
     """
-    if options["objective"] not in OBJECTIVES:
-        raise OptionError(
-            f"--objective {options['objective']!r} is unknown; allowed are {', '.join(OBJECTIVES)}"
-        )
-    for name in ("epochs", "batch_size", "accumulate", "width", "hidden"):
-        if options[name] < 1:
-            raise OptionError(f"--{name.replace('_', '-')} {options[name]} must be at least 1")
-    _write_config(out, options)
-    task = open_task(options)
-    optimizer = optim.AdamW(
-        task.model.parameters(), lr=options["lr"], weight_decay=options["weight_decay"]
-    )
-    batches = len(task.train_loader)  # type: ignore[arg-type]
-    steps = options["epochs"] * batches // options["accumulate"]
+    task = load_task(recipe)
+    recipe.write(out / CONFIG)
+    model = task.model.to(device)
+    optimizer = optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    steps = _steps(task, recipe)
     history = training.fit(
-        task.model,
-        OBJECTIVES[options["objective"]](task.space, seed=options["seed"]),
+        model,
+        _objective(task, recipe),
         task.train_loader,
         optimizer,
-        epochs=options["epochs"],
-        scheduler=training.cosine(optimizer, steps, warmup=min(40, steps // 10)),
-        accumulate=options["accumulate"],
-        max_grad_norm=1.0,
-        checkpoint_dir=out / "checkpoints",
+        steps=steps,
+        scheduler=training.cosine(optimizer, steps, warmup=int(recipe.warmup * steps)),
+        accumulate=recipe.accumulate,
+        max_grad_norm=recipe.clip,
+        checkpoint_dir=out / CHECKPOINTS,
         checkpoint_every=max(1, steps // 4),
         resume=resume,
         progress=progress,
     )
-    (out / "history.json").write_text(json.dumps({"losses": history.losses}))
+    with replacing(out / "history.json") as temporary:
+        temporary.write_text(json.dumps({"losses": history.losses}), encoding="utf-8")
     return task
 
 
-def open_task(options: Mapping[str, Any]) -> Task:
-    """The task that a run's options describe."""
-    chosen = {name: options[name] for name in _DIGITS_OPTIONS}
-    return load_task(options["task"], **chosen)
+def _steps(task: Task, recipe: Recipe) -> int:
+    if recipe.steps is not None:
+        return recipe.steps
+    batches = recipe.epochs * len(task.train_loader)  # type: ignore[arg-type]
+    if batches < recipe.accumulate:
+        raise OptionError(
+            f"--accumulate is {recipe.accumulate}; allowed are at most the {batches} batches of "
+            f"{recipe.epochs} epochs"
+        )
+    return batches // recipe.accumulate
 
 
-def _write_config(out: Path, options: Mapping[str, Any]) -> None:
-    path = out / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != dict(options):
-        raise CheckpointError(f"{path} is of a run with other options; choose another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(options), indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from error
+def _objective(task: Task, recipe: Recipe) -> training.Objective:
+    options = {} if recipe.objective == "summation" else {"seed": recipe.seed}
+    return OBJECTIVES[recipe.objective](task.space, loss=task.loss, **options)
 
 
-def open_run(out: Path) -> Task:
+def open_run(out: Path, device: torch.device) -> Task:
     """The task of a run with its trained weights.
 
     Raises:
         CheckpointError: The folder is no run, or its checkpoint cannot be read.
     """
-    path = out / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{out} is no run: there is no {path.name}; `train` makes one")
-    task = open_task(json.loads(path.read_text()))
-    latest = training.latest_checkpoint(out / "checkpoints")
+    task = load_task(Recipe.read(out / CONFIG))
+    latest = training.latest_checkpoint(out / CHECKPOINTS)
     if latest is None:
-        raise CheckpointError(f"{out / 'checkpoints'} holds no checkpoint")
-    training.load_checkpoint(latest, model=task.model)
+        raise CheckpointError(
+            f"{str(out / CHECKPOINTS)!r} holds no checkpoint; `sorted-kernels train --out {out}` "
+            "goes on with the training"
+        )
+    training.load_checkpoint(latest, model=task.model.to(device))
     return task
 
 
-def evaluate_run(task: Task, out: Path, *, progress: bool) -> Results:
+def evaluate_run(task: Task, out: Path, *, latency: bool = False, progress: bool = True) -> Results:
     """Evaluate the whole space; writes ``results.csv`` and ``results.json``."""
-    shape = tuple(task.example.shape)
     results = evaluate(
-        task.model, task.space, task.test_loader, progress=progress, input_shape=(1, *shape[1:])
+        task.model,
+        task.space,
+        task.test_loader,
+        metric=task.metric,
+        latency=latency,
+        progress=progress,
+        input_shape=(1, *task.example.shape[1:]),
     )
     results.to_csv(out / "results.csv")
-    results.to_json(out / "results.json")
+    results.to_json(out / RESULTS)
     return results
+
+
+def read_results(out: Path) -> Results:
+    """What :func:`evaluate_run` wrote.
+
+    Raises:
+        CheckpointError: It is not there, or damaged.
+    """
+    if not (out / RESULTS).is_file():
+        raise CheckpointError(
+            f"{str(out)!r} has no {RESULTS}; `sorted-kernels evaluate {out}` makes it"
+        )
+    return Results.from_json(out / RESULTS)
 
 
 def draw(results: Results, out: Path, chosen: Row | None = None) -> list[Path]:
@@ -121,13 +147,3 @@ def draw(results: Results, out: Path, chosen: Row | None = None) -> list[Path]:
     heat_map(results, paths[0])
     cost_plot(results, paths[1], select=chosen)
     return paths
-
-
-def submodel_outputs(task: Task, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs of the first test batch, and what the active sub-model makes of them."""
-    from sorted_kernels.nn import active
-
-    inputs = next(iter(task.test_loader))[0]
-    task.model.eval()
-    with active(task.model, row.submodel), torch.no_grad():
-        return inputs, task.model(inputs)
