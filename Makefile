@@ -75,7 +75,7 @@ $(VENV)/.triton-$(TRITON): $(VENV)/.tools
 		echo "Triton left out: its tests will be skipped"; \
 	elif ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
 		echo "installing Triton"; \
-		$(PIP) install "triton>=3.7" || echo "no Triton for this machine: its tests will be skipped"; \
+		$(PIP) install "triton==3.7.1" || echo "no Triton for this machine: its tests will be skipped"; \
 	fi
 	@touch $@
 
