@@ -196,7 +196,7 @@ def test_doctor(capsys):
         (("train", "--out", "{tmp}/r", "--seed", "-1"), "--seed is -1"),
         (("train", "--out", "{tmp}/r", "--device", "tpu"), "'tpu'.*auto, cpu, cuda"),
         (("train", "--out", "{tmp}/task.py/r", "--steps", "1"), "task.py/r.*cannot be written"),
-        (("train", "--out", "{run}", "--lr", "1", "--task", "{tmp}/task.py:make"), "--lr 0.002 th"),
+        (("train", "--out", "{run}", "--lr", "1", "--task", "{tmp}/task.py:make"), "--lr 0.004 th"),
         (("train",), "--out"),
         (("nonsense",), "nonsense"),
         (("evaluate", "{tmp}"), "no run"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +22,16 @@ from sorted_kernels.training import latest_checkpoint
 
 KEEP = 99.0
 """Percent of the best accuracy that the chosen sub-model keeps."""
+
+WRITTEN = {
+    "heat_map.png": "accuracy of every sub-model",
+    "cost.png": "accuracy and cost, the Pareto front, the chosen one",
+    "results.csv": "the same as a table",
+    "selected.pt2": "the chosen sub-model: torch.export.load(...).module()",
+    "check_selected.py": "the comparison of step 4",
+}
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,9 @@ def run_demo(
 ) -> Summary:
     """Train, evaluate, draw, select, export and prove.
 
+    The sub-model is chosen on the digits it is then reported on, as in the paper: an honest choice
+    for production would be judged on digits of its own.
+
     Args:
         out: Folder for everything that comes out.
         recipe: How to train.
@@ -70,25 +81,12 @@ def run_demo(
     Raises:
         RuntimeError: The exported program computes something else than the sub-model.
     """
-    with _threads(1 if device.type == "cpu" else torch.get_num_threads()):
-        return _run(out, recipe, device, progress, console)
-
-
-def _run(
-    out: Path, recipe: Recipe, device: torch.device, progress: bool, console: Console
-) -> Summary:
     begin = time.perf_counter()
 
-    def say(text: str = "") -> None:
+    def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False)
 
-    say("[bold]1. Train[/] 96 sub-models (12 depths x 8 widths) at once, by the stochastic loss")
-    say(f"   a plain PyTorch residual MLP, made elastic by {len(RESIDUAL_MLP_RULES)} rules:")
-    for name, axes in RESIDUAL_MLP_RULES.items():
-        say(f"     {name:14} " + ", ".join(f"{axis}: {dim}" for axis, dim in axes.items()))
-    before = latest_checkpoint(out / runs.CHECKPOINTS)
-    if before is not None:
-        say(f"   going on from {before}; delete {out} to begin anew")
+    _say_training(out, say)
     task = runs.train_run(out, recipe, device=device, progress=progress)
     trained = time.perf_counter() - begin
     say(f"   trained in {trained:.0f} s on {device}")
@@ -98,14 +96,9 @@ def _run(
     _say_accuracies(results, task, say)
 
     say(f"[bold]3. Select[/] the cheapest that keeps {KEEP:g}% of the best accuracy")
-    chosen = select(results, min_recovery=KEEP)
-    largest = results[task.space.largest]
-    say(f"   {chosen.submodel}: accuracy {results.format_metric(chosen)}%")
-    say(
-        f"   {chosen.flops:,} FLOPs, {100 * chosen.flops / largest.flops:.1f}% of the largest; "
-        f"{chosen.parameters:,} parameters of {largest.parameters:,}"
-    )
-    pictures = runs.draw(results, out, chosen)
+    chosen, largest = select(results, min_recovery=KEEP), results[task.space.largest]
+    _say_chosen(results, chosen, largest, say)
+    runs.draw(results, out, chosen)
 
     say("[bold]4. Export[/] it, and compare in a process that imports torch alone")
     difference = _export(task, chosen, out)
@@ -127,18 +120,30 @@ def _run(
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     say(f"[bold]Done[/] in {summary.seconds:.0f} s. Written:")
-    for path, what in (
-        (pictures[0], "accuracy of every sub-model"),
-        (pictures[1], "accuracy and cost, the Pareto front, the chosen one"),
-        (out / "results.csv", "the same as a table"),
-        (out / "selected.pt2", "the chosen sub-model: torch.export.load(...).module()"),
-        (out / "check_selected.py", "the comparison of step 4"),
-    ):
-        say(f"   {path}  [dim]{what}[/]")
+    for name, what in WRITTEN.items():
+        say(f"   {out / name}  [dim]{what}[/]")
     return summary
 
 
-def _say_accuracies(results: Results, task: Task, say: Any) -> None:
+def _say_training(out: Path, say: Say) -> None:
+    say("[bold]1. Train[/] 96 sub-models (12 depths x 8 widths) at once, by the stochastic loss")
+    say(f"   a plain PyTorch residual MLP, made elastic by {len(RESIDUAL_MLP_RULES)} rules:")
+    for name, axes in RESIDUAL_MLP_RULES.items():
+        say(f"     {name:14} " + ", ".join(f"{axis}: {dim}" for axis, dim in axes.items()))
+    before = latest_checkpoint(out / runs.CHECKPOINTS)
+    if before is not None:
+        say(f"   going on from {before}; delete {out} to begin anew")
+
+
+def _say_chosen(results: Results, chosen: Row, largest: Row, say: Say) -> None:
+    say(f"   {chosen.submodel}: accuracy {results.format_metric(chosen)}%")
+    say(
+        f"   {chosen.flops:,} FLOPs, {100 * chosen.flops / largest.flops:.1f}% of the largest; "
+        f"{chosen.parameters:,} parameters of {largest.parameters:,}"
+    )
+
+
+def _say_accuracies(results: Results, task: Task, say: Say) -> None:
     largest, best, worst = results[task.space.largest], results.best, _worst_half(results, task)
     say(
         f"   largest sub-model {results.format_metric(largest)}%; "
@@ -162,17 +167,3 @@ def _export(task: Task, chosen: Row, out: Path) -> float:
     exporting.write_program(model, chosen.submodel, task.example, out / "selected.pt2")
     inputs = torch.cat([inputs for inputs, _ in task.test_loader])
     return exporting.prove(model, chosen.submodel, inputs, out)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many threads: layers as small as the demo's gain nothing from sharing them out.
-
-    They lose much where the machine is busy with something else, as threads that wait spin.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -55,7 +55,7 @@ class Recipe:
     epochs: int = 100
     steps: int | None = None
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 4e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip: float = 1.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -59,23 +61,35 @@ def train_run(
     model = task.model.to(device)
     optimizer = optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = _steps(task, recipe)
-    history = training.fit(
-        model,
-        _objective(task, recipe),
-        task.train_loader,
-        optimizer,
-        steps=steps,
-        scheduler=training.cosine(optimizer, steps, warmup=int(recipe.warmup * steps)),
-        accumulate=recipe.accumulate,
-        max_grad_norm=recipe.clip,
-        checkpoint_dir=out / CHECKPOINTS,
-        checkpoint_every=max(1, steps // 4),
-        resume=resume,
-        progress=progress,
-    )
+    with _threads(task.threads):
+        history = training.fit(
+            model,
+            _objective(task, recipe),
+            task.train_loader,
+            optimizer,
+            steps=steps,
+            scheduler=training.cosine(optimizer, steps, warmup=int(recipe.warmup * steps)),
+            accumulate=recipe.accumulate,
+            max_grad_norm=recipe.clip,
+            checkpoint_dir=out / CHECKPOINTS,
+            checkpoint_every=max(1, steps // 4),
+            resume=resume,
+            progress=progress,
+        )
     with replacing(out / "history.json") as temporary:
         temporary.write_text(json.dumps({"losses": history.losses}), encoding="utf-8")
     return task
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads for a while; torch's own choice where there is no count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _steps(task: Task, recipe: Recipe) -> int:
@@ -114,15 +128,16 @@ def open_run(out: Path, device: torch.device) -> Task:
 
 def evaluate_run(task: Task, out: Path, *, latency: bool = False, progress: bool = True) -> Results:
     """Evaluate the whole space; writes ``results.csv`` and ``results.json``."""
-    results = evaluate(
-        task.model,
-        task.space,
-        task.test_loader,
-        metric=task.metric,
-        latency=latency,
-        progress=progress,
-        input_shape=(1, *task.example.shape[1:]),
-    )
+    with _threads(task.threads):
+        results = evaluate(
+            task.model,
+            task.space,
+            task.test_loader,
+            metric=task.metric,
+            latency=latency,
+            progress=progress,
+            input_shape=(1, *task.example.shape[1:]),
+        )
     results.to_csv(out / "results.csv")
     results.to_json(out / RESULTS)
     return results

@@ -34,6 +34,7 @@ class Task:
         example: One batch of inputs, for counting and exporting.
         loss: ``loss(outputs, targets) -> scalar``.
         metric: ``"accuracy"``, ``"loss"``, or a function, as for ``sk.inference.evaluate``.
+        threads: CPU threads to train and evaluate with, in place of torch's own choice.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Task:
     example: Tensor
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     metric: Any = "accuracy"
+    threads: int | None = None
 
 
 def load_task(recipe: Recipe) -> Task:
@@ -90,6 +92,9 @@ def _digits_task(recipe: Recipe) -> Task:
         data.train_loader(recipe.batch_size, seed=recipe.seed),
         data.test_loader(),
         data.test_inputs[:4],
+        # Layers this small gain little from a second thread, and lose much where the machine is
+        # busy: threads that wait for each other spin.
+        threads=1,
     )
 
 
