@@ -121,6 +121,7 @@ def _draw_against_cost(axes: Axes, rows: list[Row]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="MFLOP a step", ylabel="step time, ms (median)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")  # the labels of a short logarithmic axis overlap
     axes.grid(alpha=0.3, which="both")
 
 
