@@ -13,12 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import sorted_kernels
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
 from sorted_kernels.ops import backend, optimizer
 from sorted_kernels.ops.library import load_compiled
-from sorted_kernels.ops.promotion import SOURCES, manifest, promoted
+from sorted_kernels.ops.promotion import PACKAGE, SOURCES, manifest, promoted
 
 PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "rich", "typer", "scikit-learn")
 
@@ -26,7 +25,7 @@ PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "rich", "typer", "sc
 def installed() -> list[tuple[str, str]]:
     """Name and state of each thing that the library uses."""
     return [
-        ("sorted_kernels", _version("sorted_kernels") or f"from {sorted_kernels.__path__[0]}"),
+        ("sorted_kernels", _version("sorted_kernels") or f"from {PACKAGE}"),
         ("compiled library", _library()),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not in it'})"),
