@@ -47,7 +47,7 @@ class GradientSlot:
 
     __slots__ = (
         "handle", "param", "token", "buffer", "raw", "storage", "blocks", "version", "address",
-        "staircase", "expected", "task", "hooked", "leaves", "views", "pointer", "__weakref__",
+        "staircase", "expected", "task", "hooked", "leaves", "pointer", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -61,20 +61,18 @@ class GradientSlot:
         self.blocks: dict[tuple[int, int], Tensor] = {}  # views of the buffer
         self.version = 0  # the buffer's version counter when it was last looked at
         self.address = 0  # and where its elements were
-        self.leaves: dict[tuple[int, int], Leaf] = {}  # blocks of the parameter, in autograd's
-        self.views: dict[tuple[int, int], Tensor] = {}  # graph and outside of it
+        self.leaves: dict[tuple[int, int], Leaf] = {}  # blocks of the parameter
         self.pointer = 0
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
         self.task = -1  # the backward that the expected gradients belong to
         self.hooked = False
-        key, handle, leaves, views = id(param), self.handle, self.leaves, self.views
+        key, handle, leaves = id(param), self.handle, self.leaves
 
         def forget(_: object) -> None:
             _by_param.pop(key, None)
             _by_handle.pop(handle, None)
             leaves.clear()  # these hold on to the parameter's storage
-            views.clear()
 
         self.param = weakref.ref(param, forget)
 
@@ -196,7 +194,7 @@ class GradientSlot:
     def _any(views: Iterable[Tensor]) -> bool:
         return any(bool(view.any()) for view in views)
 
-    def leaf(self, param: Tensor, m: int, k: int = 1) -> Tensor:
+    def leaf(self, param: Tensor, m: int, k: int = 1) -> Leaf:
         """The block ``param[:m, :k]`` as a leaf of autograd's own graph.
 
         Autograd differentiates it in C++ and hands its gradient to the slot, which copies it into
@@ -206,23 +204,13 @@ class GradientSlot:
         found = self.leaves.get((m, k))
         if found is None:
             found = self.leaves[m, k] = Leaf(self, param, m, k)
-        return found.tensor
-
-    def view(self, param: Tensor, m: int, k: int = 1) -> Tensor:
-        """The block ``param[:m, :k]`` outside of autograd; shares the version counter."""
-        self._check_storage(param)
-        found = self.views.get((m, k))
-        if found is None:
-            block = param.detach()
-            found = self.views[m, k] = block[:m] if block.dim() == 1 else block[:m, :k]
         return found
 
     def _check_storage(self, param: Tensor) -> None:
-        """Drop the views of a storage that the parameter no longer has (or too many of them)."""
+        """Drop the leaves of a storage that the parameter no longer has (or too many of them)."""
         pointer = param.data_ptr()
-        if pointer != self.pointer or len(self.leaves) + len(self.views) > 512:
+        if pointer != self.pointer or len(self.leaves) > 512:
             self.leaves.clear()
-            self.views.clear()
             self.pointer = pointer
 
     def expect(self, m: int, k: int = 1) -> None:
@@ -315,7 +303,12 @@ def lands(slot: GradientSlot | None) -> bool:
     """
     if slot is None or slot.param() is None:
         return False
-    return is_compiling() or torch._C._will_engine_execute_node(_ANCHOR_NODE)  # type: ignore
+    return is_compiling() or parameters_wanted()
+
+
+def parameters_wanted() -> bool:
+    """Whether the (eager) backward that is running is for parameters too."""
+    return torch._C._will_engine_execute_node(_ANCHOR_NODE)  # type: ignore[attr-defined]
 
 
 def in_place_allowed(slot: GradientSlot | None, param: Tensor) -> bool:
@@ -328,21 +321,6 @@ def in_place_allowed(slot: GradientSlot | None, param: Tensor) -> bool:
         return False
     hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     return not hooks or len(hooks) <= slot.hooked
-
-
-def prefix_leaf(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) -> Tensor:
-    """The block ``param[:m, :k]`` for autograd's own nodes; a plain view where nothing trains."""
-    if slot is not None:
-        return slot.leaf(param, m, k)
-    return param[:m] if param.dim() == 1 else param[:m, :k]
-
-
-def prefix_view(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) -> Tensor:
-    """The block ``param[:m, :k]`` outside of autograd."""
-    if slot is not None:
-        return slot.view(param, m, k)
-    block = param.detach()
-    return block[:m] if block.dim() == 1 else block[:m, :k]
 
 
 def detached(param: Tensor | None) -> Tensor | None:

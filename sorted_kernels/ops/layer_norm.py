@@ -5,21 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
-from sorted_kernels.ops import backend
-from sorted_kernels.ops.backend import implementation, in_plain_torch
+from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
 from sorted_kernels.ops.gradient import (
     ANCHOR,
     GradientSlot,
     detached,
     lands,
-    prefix_leaf,
 )
 from sorted_kernels.ops.leaf import IN_PLACE_TWICE
 from sorted_kernels.ops.library import LIBRARY
@@ -240,15 +237,6 @@ def run_layer_norm(
     dense: bool,
 ) -> Tensor:
     """:func:`layer_norm` for layers, whose slots say where gradients land."""
-    if not dense and x.shape[-1] <= backend.LEAF_ELEMENTS and in_plain_torch("layer_norm", x):
-        k = x.shape[-1]
-        scale = None if weight is None else prefix_leaf(weight_slot, weight, k)
-        shift = None if bias is None else prefix_leaf(bias_slot, bias, k)
-        try:
-            return F.layer_norm(x, (k,), scale, shift, eps)
-        except RuntimeError:
-            check_norm(x, weight, bias)  # says what was wrong
-            raise
     x = autocast_wide(x, weight)
     check_norm(x, weight, bias)
     if is_compiling():
