@@ -159,16 +159,31 @@ def test_any_layout_of_inputs(family, route, layout, monkeypatch):
     assert_outcome(actual, *judged(family, x, blocks, dy.contiguous()))
 
 
-def test_the_route_follows_the_size_of_the_block(monkeypatch):
-    monkeypatch.setattr(backend, "LEAF_ELEMENTS", 20)
+def test_the_route_follows_what_runs(monkeypatch):
     layer = sk.nn.Linear(8, 6, in_dim="i", out_dim="o")
     names = []
-    for o, i in ((5, 4), (5, 5)):
-        sk.activate(layer, sk.Submodel(i=i, o=o))
-        names.append(type(layer(torch.randn(2, i)).grad_fn).__name__)
-    assert names == ["AddmmBackward0", "_LinearBlockBackward"]
+
+    def note():
+        names.append(type(layer(torch.randn(2, 8)).grad_fn).__name__)
+
+    note()
+    with torch.autocast("cpu", torch.bfloat16):
+        note()
     take(monkeypatch, "node")
-    assert type(layer(torch.randn(2, 5)).grad_fn).__name__ == "_LinearBackward"
+    note()
+    monkeypatch.undo()
+    backend.reset()
+    for param in layer.parameters():
+        param.requires_grad_(False)
+    names.append(layer(torch.randn(2, 8)).grad_fn)
+    layer.bias.requires_grad_()
+    note()
+    hook = layer.bias.register_hook(lambda gradient: None)
+    note()
+    hook.remove()
+    note()
+    lean, node = "_LinearOnBlocksBackward", "_LinearBackward"
+    assert names == [lean, node, node, None, lean, node, lean]
 
 
 @families

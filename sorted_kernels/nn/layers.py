@@ -18,7 +18,7 @@ from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
 from sorted_kernels.ops.blocks import BlockCache, Blocks
 from sorted_kernels.ops.embedding import run_embedding
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
-from sorted_kernels.ops.layer_norm import check_norm, run_layer_norm
+from sorted_kernels.ops.layer_norm import check_norm, layer_norm_on_blocks, run_layer_norm
 from sorted_kernels.ops.linear import check_linear, linear_on_blocks, run_linear
 from sorted_kernels.ops.rms_norm import run_rms_norm
 from sorted_kernels.reference.linear import ACTIVATIONS
@@ -256,7 +256,7 @@ class LayerNorm(ElasticModule, torch.nn.LayerNorm):
         blocks = self._plain_blocks(k)
         if blocks is not None and (weight is None or x.dtype is weight.dtype):
             try:
-                return F.layer_norm(x, (k,), blocks.weight, blocks.bias, self.eps)
+                return layer_norm_on_blocks(x, blocks, self.eps)
             except RuntimeError:
                 check_width(x, self.features_axis, "LayerNorm")
                 check_norm(x, weight, bias)

@@ -65,11 +65,6 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
-LEAF_ELEMENTS = 1 << 14
-"""Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
-node that writes the prefix itself (64 KiB of float32: the copy stays in the cache)."""
-
-
 def in_plain_torch(op: str, x: Tensor) -> bool:
     """Whether an op on a tensor is PyTorch's own here, so that no kernel of ours takes part."""
     return implementation(op, x) is _reference(op)

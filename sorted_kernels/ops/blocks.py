@@ -6,7 +6,6 @@ when a size is first met; a forward then only looks whether it still holds.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,51 +16,35 @@ from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_autocast_is_active = torch._C._is_any_autocast_enabled
 
 
 class Blocks:
-    """The leading blocks of a layer's weight and bias.
+    """The leading blocks of a layer's weight and bias, as views that autograd does not see.
 
     Attributes:
         sizes: (m, k), or (k,) of a norm.
-        weight: The block of the weight: a leaf of autograd's own graph, whose gradient the slot
-            gets; or, where ``lean`` or frozen, a view that autograd does not see.
-        bias: The same of the bias, or None.
-        lean: The block is too large for autograd to give its gradient a tensor of its own.
+        weight: ``weight[:m, :k]``, or None as in the layer.
+        bias: ``bias[:m]``, or None.
+        train: Whether one of the parameters trains.
         weight_slot: Where the weight's gradient lands; None where it is frozen.
         bias_slot: The same of the bias.
-        autocast_device: Device type whose autocast concerns the blocks.
     """
 
     __slots__ = (
-        "sizes", "weight", "bias", "lean", "weight_slot", "bias_slot", "autocast_device",
-        "_generation", "_weight", "_bias", "_pointers", "_held",
+        "sizes", "weight", "bias", "train", "weight_slot", "bias_slot",
+        "_generation", "_weight", "_bias", "_pointers",
     )  # fmt: skip
+    weight: Any
+    bias: Any
 
-    def __init__(
-        self, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...], lean: bool
-    ) -> None:
-        self._generation = backend.generation()
-        self._weight, self._bias, self.lean, self.sizes = weight, bias, lean, sizes
-        self._pointers = (_pointer(weight), _pointer(bias))
-        self._held: list[object] = []  # nothing else keeps a leaf's hook alive
-        self.weight: Any
-        self.weight_slot, self.weight = self._block(weight, sizes)
-        self.bias_slot, self.bias = self._block(bias, sizes[:1])
-        self.autocast_device = "cpu" if weight is None else weight.device.type
-
-    def _block(
-        self, param: Tensor | None, sizes: tuple[int, ...]
-    ) -> tuple[GradientSlot | None, Tensor | None]:
-        if param is None:
-            return None, None
-        slot = slot_of(param) if param.requires_grad else None
-        if slot is not None and not self.lean:
-            leaf = slot.leaf(param, *sizes)
-            self._held.append(leaf)
-            return slot, leaf.tensor
-        block = param.detach()
-        return slot, block[:, : sizes[1]][: sizes[0]] if len(sizes) > 1 else block[: sizes[0]]
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...]) -> None:
+        self.sizes, self._generation = sizes, backend.generation()
+        self._weight, self._bias = weight, bias
+        self._pointers = [0 if param is None else param.data_ptr() for param in (weight, bias)]
+        self.weight_slot, self.bias_slot = _slot(weight), _slot(bias)
+        self.train = self.weight_slot is not None or self.bias_slot is not None
+        self.weight, self.bias = _block(weight, sizes), _block(bias, sizes[:1])
 
     def current(self, weight: Tensor | None, bias: Tensor | None) -> bool:
         """Whether the blocks are those of these parameters, and plain PyTorch may run on them."""
@@ -71,9 +54,9 @@ class Blocks:
             and self._generation == backend.generation()
             and not _functorch_is_active()
             and not _dispatch_modes()
+            and not _autocast_is_active()
             and (weight is None or _unchanged(weight, self.weight_slot, self._pointers[0]))
             and (bias is None or _unchanged(bias, self.bias_slot, self._pointers[1]))
-            and not (self.lean and torch.is_autocast_enabled(self.autocast_device))
         )
 
 
@@ -91,8 +74,15 @@ def _unchanged(param: Tensor, slot: GradientSlot | None, pointer: int) -> bool:
     )
 
 
-def _pointer(param: Tensor | None) -> int:
-    return 0 if param is None else param.data_ptr()
+def _slot(param: Tensor | None) -> GradientSlot | None:
+    return slot_of(param) if param is not None and param.requires_grad else None
+
+
+def _block(param: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
+    if param is None:
+        return None
+    block = param.detach()
+    return block[: sizes[0], : sizes[1]] if len(sizes) > 1 else block[: sizes[0]]
 
 
 class BlockCache(dict[tuple[int, ...], Blocks]):
@@ -113,13 +103,11 @@ class BlockCache(dict[tuple[int, ...], Blocks]):
         self.pop(sizes, None)
         if len(self) > 512:
             self.clear()
-        large = math.prod(sizes) > backend.LEAF_ELEMENTS
         params = [param for param in (weight, bias) if param is not None]
-        if (large and op != "linear") or not all(_is_plain(op, param) for param in params):
+        if not all(_is_plain(op, param) for param in params):
             return None
-        lean = large and weight is not None and weight.requires_grad
         with torch.inference_mode(False):  # its views could never be trained through
-            made = Blocks(weight, bias, sizes, lean)
+            made = Blocks(weight, bias, sizes)
         if not made.current(weight, bias):
             return None
         self[sizes] = made

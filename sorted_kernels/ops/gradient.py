@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import StrideError
-from sorted_kernels.ops.leaf import Leaf, accumulation_node
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.staircase import Staircase
 
@@ -31,8 +30,11 @@ A parameter that took part itself would have autograd's own accumulation run for
 to add, which could not be told from a gradient that somebody else computed.
 """
 
-
-_ANCHOR_NODE = accumulation_node(ANCHOR)
+_ANCHOR_NODE = ANCHOR.view_as(ANCHOR).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+IN_PLACE_TWICE = (
+    "double backward through gradients that land in place is not possible; give the layer "
+    "grad_mode='dense', or call the functional op on the parameter"
+)
 _handles = itertools.count(1)
 _by_param: dict[int, GradientSlot] = {}  # by id(param); an entry dies with its parameter
 _by_handle: dict[int, GradientSlot] = {}
@@ -47,7 +49,7 @@ class GradientSlot:
 
     __slots__ = (
         "handle", "param", "token", "buffer", "raw", "storage", "blocks", "version", "address",
-        "staircase", "expected", "task", "hooked", "leaves", "pointer", "__weakref__",
+        "staircase", "expected", "task", "hooked", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -61,18 +63,15 @@ class GradientSlot:
         self.blocks: dict[tuple[int, int], Tensor] = {}  # views of the buffer
         self.version = 0  # the buffer's version counter when it was last looked at
         self.address = 0  # and where its elements were
-        self.leaves: dict[tuple[int, int], Leaf] = {}  # blocks of the parameter
-        self.pointer = 0
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
         self.task = -1  # the backward that the expected gradients belong to
         self.hooked = False
-        key, handle, leaves = id(param), self.handle, self.leaves
+        key, handle = id(param), self.handle
 
         def forget(_: object) -> None:
             _by_param.pop(key, None)
             _by_handle.pop(handle, None)
-            leaves.clear()  # these hold on to the parameter's storage
 
         self.param = weakref.ref(param, forget)
 
@@ -98,6 +97,14 @@ class GradientSlot:
         """
         accumulate = self.record(m, k)
         return self.block(m, k), accumulate
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient of the prefix's shape."""
+        view, accumulate = self.prefix(*gradient.shape)
+        if accumulate:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
 
     def block(self, m: int, k: int) -> Tensor:
         """The view ``buffer[:m, :k]`` for writing."""
@@ -194,25 +201,6 @@ class GradientSlot:
     def _any(views: Iterable[Tensor]) -> bool:
         return any(bool(view.any()) for view in views)
 
-    def leaf(self, param: Tensor, m: int, k: int = 1) -> Leaf:
-        """The block ``param[:m, :k]`` as a leaf of autograd's own graph.
-
-        Autograd differentiates it in C++ and hands its gradient to the slot, which copies it into
-        the prefix: less host time than a Python node, one more pass over the block.
-        """
-        self._check_storage(param)
-        found = self.leaves.get((m, k))
-        if found is None:
-            found = self.leaves[m, k] = Leaf(self, param, m, k)
-        return found
-
-    def _check_storage(self, param: Tensor) -> None:
-        """Drop the leaves of a storage that the parameter no longer has (or too many of them)."""
-        pointer = param.data_ptr()
-        if pointer != self.pointer or len(self.leaves) > 512:
-            self.leaves.clear()
-            self.pointer = pointer
-
     def expect(self, m: int, k: int = 1) -> None:
         """Announce that autograd will add a dense gradient that is zero outside ``[:m, :k]``."""
         param = self.param()
@@ -308,7 +296,7 @@ def lands(slot: GradientSlot | None) -> bool:
 
 def parameters_wanted() -> bool:
     """Whether the (eager) backward that is running is for parameters too."""
-    return torch._C._will_engine_execute_node(_ANCHOR_NODE)  # type: ignore[attr-defined]
+    return torch._C._will_engine_execute_node(_ANCHOR_NODE)  # type: ignore
 
 
 def in_place_allowed(slot: GradientSlot | None, param: Tensor) -> bool:
@@ -359,11 +347,7 @@ LIBRARY.define("accumulate_prefix(Tensor gradient, Tensor(a!) token, SymInt hand
 
 
 def _accumulate_prefix(gradient: Tensor, token: Tensor, handle: int) -> None:
-    view, accumulate = _by_handle[handle].prefix(*gradient.shape)
-    if accumulate:
-        view.add_(gradient)
-    else:
-        view.copy_(gradient)
+    _by_handle[handle].add(gradient)
 
 
 LIBRARY.impl("accumulate_prefix", _accumulate_prefix, "CompositeExplicitAutograd")

@@ -23,12 +23,12 @@ from sorted_kernels.ops.checks import (
 )
 from sorted_kernels.ops.gradient import (
     ANCHOR,
+    IN_PLACE_TWICE,
     GradientSlot,
     detached,
     lands,
     parameters_wanted,
 )
-from sorted_kernels.ops.leaf import IN_PLACE_TWICE
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference import linear as reference
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
@@ -193,8 +193,8 @@ class _Linear(Function):
         return dx, *[None] * 8
 
 
-class _LinearBlock(Function):
-    """In-place gradients in plain PyTorch on a view of the block: as little Python as can be."""
+class _LinearOnBlocks(Function):
+    """In-place gradients in plain PyTorch: as little Python as can be."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Blocks, anchor: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class _LinearBlock(Function):
 
 
 # Function.apply looks for functorch's wrappers first; whoever has blocks has done so.
-_apply_on_block = super(Function, _LinearBlock).apply
+_apply_on_blocks = super(Function, _LinearOnBlocks).apply
 
 
 def linear_on_blocks(x: Tensor, blocks: Blocks, activation: str) -> Tensor:
@@ -234,8 +234,8 @@ def linear_on_blocks(x: Tensor, blocks: Blocks, activation: str) -> Tensor:
     Raises:
         RuntimeError: PyTorch's own error; :func:`check_linear` says what was wrong.
     """
-    if blocks.lean and torch.is_grad_enabled():
-        z = _apply_on_block(x, blocks, ANCHOR)
+    if blocks.train and torch.is_grad_enabled():
+        z = _apply_on_blocks(x, blocks, ANCHOR)
     else:
         z = F.linear(x, blocks.weight, blocks.bias)
     return z if activation == "none" else activate(z, activation)
