@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sorted_kernels as sk
 from sorted_kernels.ops import backend
@@ -207,3 +208,30 @@ def test_autocast(family, route, monkeypatch):
         found = getattr(layer, name).grad
         assert found.dtype == torch.float32
         assert_within_twice(found[prefix(wanted.shape)], stock[name].grad, wanted, name)
+
+
+def fake_tensors():
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode, torch.no_grad, fake_tensors, backend.reference_only],
+    ids=["inference_mode", "no_grad", "fake", "reference_only"],
+)
+@pytest.mark.parametrize("kind", ["linear", "layer_norm"])
+def test_a_forward_elsewhere_leaves_nothing_behind(kind, context):
+    """Blocks that were worked out within a context must not serve training after it."""
+    torch.manual_seed(3)
+    layer = sk.nn.Linear(8, 6, in_dim="i") if kind == "linear" else sk.nn.LayerNorm(8, dim="i")
+    sk.activate(layer, sk.Submodel(i=5))
+    plain = sk.export(layer, sk.Submodel(i=5))
+    x = torch.randn(4, 5)
+    with context():
+        layer(torch.randn(4, 5))
+    for found in (layer, plain):
+        found(x).square().sum().backward()
+    torch.testing.assert_close(layer(x), plain(x))
+    for name, param in plain.named_parameters():
+        block = tuple(slice(size) for size in param.shape)
+        torch.testing.assert_close(layer.get_parameter(name).grad[block], param.grad)

@@ -106,8 +106,7 @@ class BlockCache(dict[tuple[int, ...], Blocks]):
         params = [param for param in (weight, bias) if param is not None]
         if not all(_is_plain(op, param) for param in params):
             return None
-        with torch.inference_mode(False):  # its views could never be trained through
-            made = Blocks(weight, bias, sizes)
+        made = Blocks(weight, bias, sizes)
         if not made.current(weight, bias):
             return None
         self[sizes] = made

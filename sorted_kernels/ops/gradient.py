@@ -121,10 +121,18 @@ class GradientSlot:
         """Attach the buffer and cover ``[:m, :k]``; whether its old contents count."""
         param = self.param()
         assert param is not None  # callers have looked
-        grad = param.grad
+        grad, staircase = param.grad, self.staircase
         if grad is None:
-            self._attach(param, m, k)
-            self.staircase.corners = [(m, k)]
+            if self._reusable(param):
+                for rows, cols in staircase.corners:
+                    if rows > m or cols > k:
+                        _clear_outside(self.raw, staircase, m, k)
+                        break
+            else:
+                self._watch(param)
+                self._adopt(torch.zeros_like(param, memory_format=torch.contiguous_format))
+            param.grad = self.buffer
+            staircase.corners = [(m, k)]
             return False
         if grad is not self.buffer:  # somebody else's tensor: what it holds is unknown, so all
             if grad.stride(-1) != 1:
@@ -134,42 +142,28 @@ class GradientSlot:
                 )
             self._watch(param)
             self._adopt(grad)
-            self.staircase.cover_all()
+            staircase.cover_all()
         elif grad._version != self.version or grad.data_ptr() != self.address:
             self._look_again(grad)
-        accumulate = bool(self.staircase.corners)
-        self.staircase.add(m, k)
+        accumulate = bool(staircase.corners)
+        staircase.add(m, k)
         return accumulate
-
-    def _attach(self, param: Tensor, m: int, k: int) -> None:
-        """Make the buffer ``param.grad``, zero outside ``[:m, :k]``."""
-        if self._reusable(param):
-            for rows, cols in self.staircase.corners:
-                if rows > m or cols > k:
-                    _clear_outside(self.raw, self.staircase, m, k)
-                    break
-        else:
-            self._watch(param)
-            self._adopt(torch.zeros_like(param, memory_format=torch.contiguous_format))
-        param.grad = self.buffer
 
     def _reusable(self, param: Tensor) -> bool:
         """Whether the old buffer is ours alone: its contents known, and kept by nobody."""
-        buffer = self.buffer
-        if (
-            buffer is None
-            or buffer.dtype is not param.dtype
-            or buffer.device != param.device
-            or buffer._version != self.version
-            or buffer.data_ptr() != self.address
-        ):
+        if self.buffer is None:
             return False
-        del buffer  # so that the counts below are of the slot's own references
         assert self.storage is not None
-        users = torch._C._storage_Use_Count(self.storage._cdata)
         # The tensor itself may be kept, or an alias of it (``param.grad.detach()``). The storage
         # is used by the buffer, its alias, the object that names it, and the blocks.
-        return sys.getrefcount(self.buffer) <= 2 and users <= 3 + len(self.blocks)
+        return (
+            self.buffer._version == self.version
+            and self.buffer.data_ptr() == self.address
+            and self.buffer.dtype is param.dtype
+            and self.buffer.device == param.device
+            and sys.getrefcount(self.buffer) <= 2
+            and torch._C._storage_Use_Count(self.storage._cdata) <= 3 + len(self.blocks)
+        )
 
     def _adopt(self, buffer: Tensor) -> None:
         """Take a tensor as the buffer.
