@@ -251,17 +251,16 @@ class LayerNorm(ElasticModule, torch.nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the active features."""
-        weight, bias = self.weight, self.bias
-        k = self.features_axis.active
-        blocks = self._plain_blocks(k)
-        if blocks is not None and (weight is None or x.dtype is weight.dtype):
+        blocks = self._plain_blocks(self.features_axis.active)
+        if blocks is not None and (blocks.weight is None or x.dtype is blocks.weight.dtype):
             try:
                 return layer_norm_on_blocks(x, blocks, self.eps)
             except RuntimeError:
                 check_width(x, self.features_axis, "LayerNorm")
-                check_norm(x, weight, bias)
+                check_norm(x, self.weight, self.bias)
                 raise
         check_width(x, self.features_axis, "LayerNorm")
+        weight, bias = self.weight, self.bias
         return run_layer_norm(x, weight, bias, self.eps, *self._gradient_path(weight, bias))
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:

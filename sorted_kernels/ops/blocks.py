@@ -33,7 +33,7 @@ class Blocks:
 
     __slots__ = (
         "sizes", "weight", "bias", "train", "weight_slot", "bias_slot",
-        "_generation", "_weight", "_bias", "_pointers",
+        "_generation", "_weight", "_bias", "_params",
     )  # fmt: skip
     weight: Any
     bias: Any
@@ -41,37 +41,36 @@ class Blocks:
     def __init__(self, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...]) -> None:
         self.sizes, self._generation = sizes, backend.generation()
         self._weight, self._bias = weight, bias
-        self._pointers = [0 if param is None else param.data_ptr() for param in (weight, bias)]
         self.weight_slot, self.bias_slot = _slot(weight), _slot(bias)
+        pairs = ((weight, self.weight_slot), (bias, self.bias_slot))
+        self._params: list[tuple[Any, GradientSlot | None, int]] = [
+            (param, slot, param.data_ptr()) for param, slot in pairs if param is not None
+        ]
         self.train = self.weight_slot is not None or self.bias_slot is not None
         self.weight, self.bias = _block(weight, sizes), _block(bias, sizes[:1])
 
     def current(self, weight: Tensor | None, bias: Tensor | None) -> bool:
-        """Whether the blocks are those of these parameters, and plain PyTorch may run on them."""
-        return (
-            weight is self._weight
-            and bias is self._bias
-            and self._generation == backend.generation()
-            and not _functorch_is_active()
-            and not _dispatch_modes()
-            and not _autocast_is_active()
-            and (weight is None or _unchanged(weight, self.weight_slot, self._pointers[0]))
-            and (bias is None or _unchanged(bias, self.bias_slot, self._pointers[1]))
-        )
+        """Whether the blocks are those of these parameters, and plain PyTorch may run on them.
 
-
-def _unchanged(param: Tensor, slot: GradientSlot | None, pointer: int) -> bool:
-    """Whether a parameter has its old storage, trains or not as before, and carries no hook."""
-    if param.data_ptr() != pointer:
-        return False
-    if slot is None:
-        return not param.requires_grad
-    hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-    return (
-        param.requires_grad
-        and not param._backward_hooks
-        and (not hooks or len(hooks) <= slot.hooked)
-    )
+        The parameters still have their storage, train or not as before, and carry no hook.
+        """
+        if (
+            weight is not self._weight
+            or bias is not self._bias
+            or self._generation != backend.generation()
+            or _functorch_is_active()
+            or _dispatch_modes()
+            or _autocast_is_active()
+        ):
+            return False
+        for param, slot, pointer in self._params:
+            if param.data_ptr() != pointer or param.requires_grad is (slot is None):
+                return False
+            if slot is not None:
+                hooks = param._post_accumulate_grad_hooks
+                if param._backward_hooks or (hooks and len(hooks) > slot.hooked):
+                    return False
+        return True
 
 
 def _slot(param: Tensor | None) -> GradientSlot | None:

@@ -200,8 +200,7 @@ class _LinearOnBlocks(Function):
     def forward(ctx: Any, x: Tensor, blocks: Blocks, anchor: Tensor) -> Tensor:
         weight = blocks.weight
         ctx.save_for_backward(
-            x if blocks.weight_slot is not None else None,
-            weight if ctx.needs_input_grad[0] else None,
+            x if blocks.weight_slot is not None else None, weight if x.requires_grad else None
         )
         ctx.blocks = blocks
         return F.linear(x, weight, blocks.bias)
