@@ -2,8 +2,8 @@
 
 ``python -m bench.environment OUT --stages FILE.tsv [--junit FILE.xml]``
 
-The digests are those of the kernels' sources as tested, so that a kernel can be told to have passed
-a GPU run for exactly this source.
+The digests are those of the sources of the kernels that the run used, so that a kernel can be told
+to have passed a GPU run for exactly this source.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from bench import machine
-from sorted_kernels.ops import promotion
+from bench.rows import replace_file
+from sorted_kernels.ops import backend, optimizer, promotion
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "pybind11", "cmake", "ninja")
 
@@ -71,6 +72,13 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def digests() -> dict[str, str | None]:
+    """Digest of each kernel's sources; None for one in whose place plain PyTorch runs on a GPU."""
+    used = {op: backend.choose(op, "cuda").backend == "triton" for op in backend.OPS}
+    used["staircase_optimizer"] = optimizer.use_native("cuda")
+    return {kernel: promotion.digest(kernel) if used[kernel] else None for kernel in used}
+
+
 def describe(stages: Path | None, junit: Path | None) -> dict[str, Any]:
     """Everything, as it goes into the file."""
     nvcc = machine.output_of("nvcc", "--version")
@@ -86,7 +94,7 @@ def describe(stages: Path | None, junit: Path | None) -> dict[str, Any]:
         "packages": {package: _version(package) for package in PACKAGES},
         "stages": read_stages(stages) if stages else [],
         "tests": read_junit(junit) if junit and junit.exists() else {},
-        "kernels": {kernel: promotion.digest(kernel) for kernel in promotion.SOURCES},
+        "kernels": digests(),
     }
 
 
@@ -98,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--junit", type=Path)
     options = parser.parse_args(arguments)
     text = json.dumps(describe(options.stages, options.junit), indent=2)
-    (options.out / "environment.json").write_text(text + "\n")
+    replace_file(options.out / "environment.json", text + "\n")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import sys
 from collections.abc import Callable
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-import sorted_kernels as sk  # noqa: E402
-from bench.harness import relative_difference  # noqa: E402
+import sorted_kernels as sk
+from bench.harness import relative_difference
+from sorted_kernels.ops import backend, optimizer
 
 ROWS, FEATURES, ACTIVE, TABLE = 37, 75, 53, 29
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # float32: tf32 products are allowed
@@ -76,22 +76,31 @@ def exercise(name: str, dtype: torch.dtype, optimizer: str, device: torch.device
     return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
 
 
+def _verdict(name: str, dtype: torch.dtype, stepper: str, device: torch.device) -> str:
+    """How one exercise ended, ``right`` first if all was well; an error leaves the others alone."""
+    try:
+        difference = exercise(name, dtype, stepper, device)
+    except Exception as error:  # a compiler's errors have no common class
+        return f"FAILED: {type(error).__name__}: {error}"
+    return f"{'right' if difference <= TOLERANCES[dtype] else 'WRONG'} (off by {difference:.1e})"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exercise everything; 0 if all results are right."""
     parser = argparse.ArgumentParser(prog="python -m bench.exercise_kernels", description=__doc__)
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args(arguments).device)
-    failures = 0
-    for dtype, tolerance in TOLERANCES.items():
-        for name in LAYERS:
-            for optimizer in OPTIMIZERS:
-                difference = exercise(name, dtype, optimizer, device)
-                wrong = not difference <= tolerance
-                failures += wrong
-                verdict = "WRONG" if wrong else "right"
-                label = f"{name}, {optimizer}, {str(dtype).removeprefix('torch.')}"
-                print(f"{label}: {verdict} (off by {difference:.1e})", flush=True)
-    return 1 if failures else 0
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates
+    for op in backend.OPS:
+        print(f"{op} on {device.type}: {backend.choose(op, device.type).backend}")
+    native = optimizer.use_native(device.type)
+    print(f"optimizers on {device.type}: {'native' if native else 'reference'}")
+    verdicts = []
+    for dtype, name, stepper in itertools.product(TOLERANCES, LAYERS, OPTIMIZERS):
+        verdicts.append(_verdict(name, dtype, stepper, device))
+        dtype_name = str(dtype).removeprefix("torch.")
+        print(f"{name}, {stepper}, {dtype_name}: {verdicts[-1]}", flush=True)
+    return 0 if all(verdict.startswith("right") for verdict in verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def check_agreement(case: Case, contestants: Mapping[str, Contestant]) -> None:
     """Compare every contestant's outcome with the first one's, after one call each.
 
     Raises:
-        DisagreementError: Two outcomes differ by more than the case's tolerance.
+        DisagreementError: Two outcomes differ in their shapes or by more than the case's tolerance.
     """
     first: tuple[str, list[Tensor]] | None = None
     for provider, contestant in contestants.items():
@@ -118,6 +118,11 @@ def check_agreement(case: Case, contestants: Mapping[str, Contestant]) -> None:
         outcome = [tensor.detach().clone() for tensor in contestant.outcome()]
         if first is None:
             first = (provider, outcome)
+        shapes = [[tuple(tensor.shape) for tensor in each] for each in (outcome, first[1])]
+        if shapes[0] != shapes[1]:
+            raise DisagreementError(
+                f"{case}: {provider} has the shapes {shapes[0]}, {first[0]} {shapes[1]}"
+            )
         for i, (ours, theirs) in enumerate(zip(outcome, first[1], strict=True)):
             difference = relative_difference(ours, theirs)
             if difference > case.tolerance:

@@ -10,8 +10,8 @@ from bench.rows import Row, format_sizes
 SECONDS = 1.0
 
 
-def _copy(device: torch.device) -> Case:
-    elements = (1 << 30) if device.type == "cuda" else (1 << 26)
+def _copy(device: torch.device, quick: bool) -> Case:
+    elements = 1 << (30 if device.type == "cuda" else 24 if quick else 26)
 
     def build() -> Contestant:
         source = torch.rand(elements, device=device)
@@ -27,7 +27,7 @@ def _copy(device: torch.device) -> Case:
 
 def _matmul(device: torch.device, quick: bool) -> Case:
     gpu = device.type == "cuda"
-    n = 8192 if gpu else 1024 if quick else 2048
+    n = 8192 if gpu else 512 if quick else 2048
     dtype = torch.bfloat16 if gpu else torch.float32
 
     def build() -> Contestant:
@@ -43,7 +43,7 @@ def measure(device: torch.device, quick: bool) -> list[Row]:
     """Rows ``limit copy`` (GB/s, bytes read plus written) and ``limit matmul`` (TFLOP/s)."""
     rows = []
     for case, work, metric in (
-        (_copy(device), 1e9, "GB/s"),
+        (_copy(device, quick), 1e9, "GB/s"),
         (_matmul(device, quick), 1e12, "TFLOP/s"),
     ):
         contestants = {name: build() for name, build in case.contestants.items()}

@@ -51,11 +51,16 @@ def group_of(row: Row) -> tuple[str, ...]:
     return layer, row.cache, row.device
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+def _grouped(rows: Iterable[Row], baseline: str) -> dict[tuple[str, ...], list[Row]]:
+    """The groups that have a curve of the baseline: those measured at more than one fraction."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(group_of(row), []).append(row)
-    return {key: group for key, group in groups.items() if len({fraction(r) for r in group}) > 1}
+    return {
+        key: group
+        for key, group in groups.items()
+        if len({fraction(row) for row in group if row.provider == baseline}) > 1
+    }
 
 
 def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -82,7 +87,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 def draw_speedup(rows: Iterable[Row]) -> Figure | None:
     """Speed-up over B0 of a layer's training step against the active width, one panel a problem."""
-    groups = _grouped(row for row in rows if row.kernel == "linear_step")
+    groups = _grouped((row for row in rows if row.kernel == "linear_step"), "B0")
     if not groups:
         return None
     figure, panels = _figure(len(groups), "Training step of one layer: speed-up over B0")
@@ -90,8 +95,9 @@ def draw_speedup(rows: Iterable[Row]) -> Figure | None:
         curves = _curves(group, fraction)
         naive = dict(curves["B0"])
         for name, points in curves.items():
-            speedups = [naive[x] / y for x, y in points]
-            axes.plot([x for x, _ in points], speedups, label=NAMES[name], **STYLES[name])
+            speedups = [(x, naive[x] / y) for x, y in points if x in naive]
+            if speedups:
+                axes.plot(*zip(*speedups, strict=True), label=NAMES[name], **STYLES[name])
         axes.set(xscale="log", yscale="log", title=f"{layer}\n{device}, {cache}")
         axes.set(xlabel="active part of each axis", ylabel="times faster than B0")
         axes.yaxis.set_major_formatter("{x:g}x")
@@ -129,12 +135,13 @@ def draw_step_time(rows: Iterable[Row]) -> Figure | None:
     """Step time against a sub-model's cost: the demo's model and the layers, and the ideal line."""
     rows = [row for row in rows if row.kernel in ("linear_step", "model_step")]
     panels: dict[str, list[Row]] = {}
-    for key, group in _grouped(r for r in rows if r.kernel == "linear_step").items():
+    for key, group in _grouped((r for r in rows if r.kernel == "linear_step"), "B2").items():
         panels["\n".join((key[0], f"{key[2]}, {key[1]}"))] = group
     for row in rows:
         if row.kernel == "model_step":
             title = f"residual MLP, batch {row.size('batch')}\n{row.device}, {row.cache}"
             panels.setdefault(title, []).append(row)
+    panels = {k: group for k, group in panels.items() if any(r.provider == "B2" for r in group)}
     if not panels:
         return None
     figure, all_axes = _figure(len(panels), "Training step: time against the sub-model's cost")

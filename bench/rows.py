@@ -75,11 +75,18 @@ def parse_sizes(text: str) -> dict[str, int]:
     return {name: int(count) for name, count in (word.split("=") for word in text.split())}
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it: who is killed leaves the old one or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a CSV file, with the header if it is new.
-
-    The file is written anew beside itself and renamed, so that a run that is killed leaves either
-    the old file or the new one.
 
     Raises:
         ValueError: The file has other columns.
@@ -94,9 +101,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         values = asdict(row).values()
         writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + buffer.getvalue())
-    temporary.replace(path)
+    replace_file(path, text + buffer.getvalue())
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:

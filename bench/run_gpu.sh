@@ -4,7 +4,7 @@
 #   PYTHON=python3 bench/run_gpu.sh [--dry-run] [--library FILE] [--commit ID] OUT_DIR
 #
 #   --dry-run       run what a machine without a GPU can run, and say what was left out
-#   --library FILE  take this compiled _kernels.so instead of building
+#   --library FILE  take this _kernels.so (and the _build.json beside it) instead of building
 #   --commit ID     commit to write into the results, where there is no git
 #
 # OUT_DIR gets at most 8 files: build.log, tests.log, sanitizer.log, bench.log, benchmarks.csv,
@@ -14,7 +14,8 @@
 # hypothesis, CMake, Ninja and pybind11 (matplotlib for the pictures).
 set -u
 
-readonly TOTAL=530 BUILD=140 TESTS=150 SANITIZER=80 REPORT=20
+# PICTURES and ENVIRONMENT come last: REPORT keeps time for them, and TOTAL leaves some to spare.
+readonly TOTAL=520 BUILD=140 TESTS=150 SANITIZER=80 REPORT=30 PICTURES=20 ENVIRONMENT=15
 
 usage() { sed -n '4,8s/^# \{0,2\}//p' "$0"; }
 
@@ -37,17 +38,23 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -n "$out" ] || die "OUT_DIR is missing"
+python="${PYTHON:-python3}"
+command -v "$python" > /dev/null || die "PYTHON=$python is not there"
+case "$python" in
+  /*) ;;
+  */*) python="$PWD/$python" ;; # still that file after the change of folder below
+esac
 [ -z "$library" ] || [ -f "$library" ] || die "no such library: $library"
 [ -z "$library" ] || library="$(realpath "$library")"
 
 mkdir -p "$out" || exit 2
 out="$(realpath "$out")"
 cd "$(dirname "$0")/.." || exit 2
-python="${PYTHON:-python3}"
-command -v "$python" > /dev/null || die "PYTHON=$python is not there"
 
 scratch="$(mktemp -d)"
+child=""
 trap 'rm -rf "$scratch"' EXIT
+trap '[ -z "$child" ] || kill "$child"; exit 130' INT TERM # timeout passes it on to its command
 : > "$scratch/stages.tsv"
 for name in build.log tests.log sanitizer.log bench.log benchmarks.csv environment.json \
   speedup.png step_time.png; do
@@ -68,7 +75,7 @@ record() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >> "$scratch/stages.tsv"; }
 
 left_out() {
   say "$1: LEFT OUT: $2"
-  echo "left out: $2" >> "$out/${3:-/dev/null}"
+  [ $# -lt 3 ] || echo "left out: $2" >> "$out/$3"
   record "$1" "left out: $2" 0
 }
 
@@ -84,8 +91,11 @@ stage() {
   fi
   say "$name: at most ${limit}s"
   echo "\$ $*" >> "$log"
-  timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 < /dev/null
+  timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 < /dev/null &
+  child=$!
+  wait "$child"
   code=$?
+  child=""
   if [ "$code" -ne 0 ]; then
     outcome="failed with exit code $code"
     [ "$code" -ne 124 ] && [ "$code" -ne 137 ] || outcome="failed: over its ${limit}s"
@@ -100,7 +110,7 @@ has_module() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_sp
 has_gpu() { "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; }
 
 gpu=0
-has_gpu && gpu=1
+[ "$dry_run" = 1 ] || ! has_gpu || gpu=1
 if [ "$gpu" = 0 ] && [ "$dry_run" = 0 ]; then
   say "no NVIDIA GPU that torch sees; --dry-run runs what can be run without one"
   exit 2
@@ -109,8 +119,15 @@ fi
 
 # --- build --------------------------------------------------------------------------------------
 if [ -n "$library" ]; then
-  [ "$library" -ef sorted_kernels/_kernels.so ] || cp "$library" sorted_kernels/_kernels.so
-  left_out build "taking $(basename "$library")" build.log
+  manifest="$(dirname "$library")/_build.json"
+  if [ ! "$library" -ef sorted_kernels/_kernels.so ]; then
+    rm -f sorted_kernels/_kernels.so sorted_kernels/_build.json # the latter is of another build
+    cp "$library" sorted_kernels/_kernels.so || exit 2
+    [ ! -f "$manifest" ] || cp "$manifest" sorted_kernels/_build.json || exit 2
+  fi
+  known="its sources are not known, so that none of it can be promoted"
+  [ ! -f sorted_kernels/_build.json ] || known="its sources are those in _build.json"
+  left_out build "taking $(basename "$library"); $known" build.log
 elif ! command -v nvcc > /dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
   left_out build "nvcc is not there" build.log
   [ "$gpu" = 0 ] || failures=$((failures + 1))
@@ -130,7 +147,7 @@ if [ "$gpu" = 1 ]; then
     --junit-xml="$scratch/tests.xml"
 else
   stage tests-collected 60 tests.log \
-    "$python" -m pytest python_tests -m gpu --collect-only -q -p no:cacheprovider
+    "$python" -m pytest python_tests -m gpu --collect-only -p no:cacheprovider
   left_out tests "no GPU" tests.log
 fi
 
@@ -166,10 +183,10 @@ if [ ! -f "$out/benchmarks.csv" ]; then
 elif ! has_module matplotlib; then
   left_out pictures "$python has no matplotlib"
 else
-  stage pictures "$REPORT" bench.log "$python" -m bench.plot "$out" "$out/benchmarks.csv"
+  stage pictures "$PICTURES" bench.log "$python" -m bench.plot "$out" "$out/benchmarks.csv"
 fi
 [ ! -f "$out/bench.log" ] || tail -n 60 "$out/bench.log"
-"$python" -m bench.environment "$out" --stages "$scratch/stages.tsv" \
+timeout "$ENVIRONMENT" "$python" -m bench.environment "$out" --stages "$scratch/stages.tsv" \
   --junit "$scratch/tests.xml" || failures=$((failures + 1))
 
 say "stages:"
