@@ -98,8 +98,8 @@ def _exits(
             return
         output = replay.run(run, submodel, count, wait=deadline_ms is not None)
         end = replaying.now()
-        if count > done:  # an exit's head counts with its blocks
-            seconds_a_block = (end - replay.blocks_started) / (count - done)
+        if replay.progress.blocks_started is not None:  # an exit's head counts with its blocks
+            seconds_a_block = (end - replay.progress.blocks_started) / (count - done)
         done = count
         yield AnytimeResult(submodel[dimension], output, 1e3 * (end - start))
 

@@ -6,7 +6,6 @@ among them or in the result changed in place since.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,46 +27,52 @@ class Call:
         function: What to call with them; called once, here.
     """
 
+    __slots__ = ("args", "kwargs", "output", "_versions")
+
     def __init__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[..., Any]
     ) -> None:
         self.args, self.kwargs = args, kwargs
-        self._inputs = _versions((args, kwargs))
+        self._versions = _versions(args, kwargs)
         self.output = function(*args, **kwargs)
-        self._outputs = _versions(self.output)
+        self._versions += _versions(self.output)
 
-    def inputs_intact(self) -> bool:
-        """Whether no tensor among the arguments was changed in place since before the call."""
-        return all(tensor._version == version for tensor, version in self._inputs)
-
-    def output_intact(self) -> bool:
-        """Whether no tensor in the result was changed in place since the call."""
-        return all(tensor._version == version for tensor, version in self._outputs)
+    def intact(self) -> bool:
+        """Whether no tensor was changed in place: none of the arguments', in or since the call,
+        and none of the result's since.
+        """
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                return False
+        return True
 
     def had(self, args: tuple[Any, ...], kwargs: dict[str, Any], equal: Equal) -> bool:
         """Whether the call was given these arguments."""
-        return _same(args, self.args, equal) and (
-            not (kwargs or self.kwargs) or _same(kwargs, self.kwargs, equal)
-        )
+        mine = self.args
+        if len(args) == 1 == len(mine) and args[0] is mine[0] and not kwargs and not self.kwargs:
+            return True
+        return _same(args, mine, equal) and _same(kwargs, self.kwargs, equal)
 
     def took_spent(self) -> bool:
         """Whether a spent tensor was among the arguments."""
         return any(isinstance(tensor, Spent) for tensor in tensors((self.args, self.kwargs)))
 
-    def forgetting(self, gone: dict[int, Spent], output: bool) -> Call:
-        """The same call with spent tensors in the place of real ones.
+    def forget(self, gone: Gone, output: bool) -> None:
+        """Put spent tensors in the place of real ones.
 
         Args:
-            gone: What stands for a tensor, by the tensor's identity.
+            gone: What stands for which tensor.
             output: Whether the result goes too; ``gone`` then learns of it.
         """
-        call = copy.copy(self)
-        call.args, call.kwargs = _replaced(self.args, gone), _replaced(self.kwargs, gone)
-        call._inputs = [(tensor, v) for tensor, v in self._inputs if id(tensor) not in gone]
+        self.args = _replaced(self.args, gone)
+        if self.kwargs:
+            self.kwargs = _replaced(self.kwargs, gone)
         if output:
-            gone.update((id(tensor), _spent(tensor)) for tensor in tensors(self.output))
-            call.output, call._outputs = _replaced(self.output, gone), []
-        return call
+            for tensor in tensors(self.output):
+                if id(tensor) not in gone and not isinstance(tensor, Spent):
+                    gone[id(tensor)] = (tensor, _spent(tensor))
+            self.output = _replaced(self.output, gone)
+        self._versions = [pair for pair in self._versions if id(pair[0]) not in gone]
 
 
 class SpentError(OptionError):
@@ -80,15 +85,11 @@ class Spent(Tensor):
     Any operation on it raises :class:`SpentError`.
     """
 
-    origin: torch.device
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Answer what needs no content and refuse everything else."""
-        if func == Tensor.device.__get__:
-            return args[0].origin
         if func in _WITHOUT_CONTENT:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise SpentError(
@@ -96,22 +97,26 @@ class Spent(Tensor):
             "depths before: exits cannot share its work"
         )
 
+    __torch_dispatch__ = __torch_function__  # of what gets past Python
+
 
 _WITHOUT_CONTENT = (
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
     Tensor.dim,
     Tensor.size,
 )
 
+Gone = dict[int, tuple[Tensor, Spent]]
+"""What stands for a tensor, by the tensor's identity; the values keep it from being reused."""
+
 
 def _spent(tensor: Tensor) -> Spent:
-    if isinstance(tensor, Spent):
-        return tensor
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(Spent)
-    empty.origin = tensor.device
-    return empty
+    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        Spent, tensor.shape, dtype=tensor.dtype, device=tensor.device
+    )
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -126,10 +131,10 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def _replaced(value: Any, gone: dict[int, Spent]) -> Any:
+def _replaced(value: Any, gone: Gone) -> Any:
     """The value with others in the place of some tensors inside tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
-        return gone.get(id(value), value)
+        return gone[id(value)][1] if id(value) in gone else value
     if type(value) in (tuple, list):
         return type(value)(_replaced(item, gone) for item in value)
     if type(value) is dict:
@@ -137,10 +142,10 @@ def _replaced(value: Any, gone: dict[int, Spent]) -> Any:
     return value
 
 
-def _versions(value: Any) -> list[tuple[Tensor, int]]:
+def _versions(*values: Any) -> list[tuple[Tensor, int]]:
     return [
         (tensor, tensor._version)
-        for tensor in tensors(value)
+        for tensor in tensors(values)
         if not isinstance(tensor, Spent) and not tensor.is_inference()
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,12 +11,38 @@ from typing import Any
 import torch
 
 from sorted_kernels.errors import OptionError
-from sorted_kernels.inference.calls import Call, Equal, Spent, SpentError, tensors
+from sorted_kernels.inference.calls import Call, Equal, Gone, Spent, SpentError, tensors
 from sorted_kernels.nn import active
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
 
 now = time.perf_counter  # tests put a clock of their own here
+
+
+class Progress:
+    """How far a run is; what positions share, which know no more of the replay.
+
+    Were they to know it all, they and it would hold each other, and with them the hidden states,
+    until the garbage collector comes.
+    """
+
+    __slots__ = ("equal", "in_blocks", "awaits_device", "blocks_started")
+
+    def __init__(self) -> None:
+        self.equal: Equal = {}
+        self.in_blocks = self.awaits_device = False
+        self.blocks_started: float | None = None  # since when blocks compute, not replay
+
+    def start(self, *, wait: bool) -> None:
+        """A run starts; whether to wait for the device where times are taken."""
+        self.in_blocks, self.awaits_device, self.blocks_started = False, wait, None
+
+    def note_start(self, args: tuple[Any, ...]) -> None:
+        """Note when a run's first new block starts: from there on its blocks' time counts."""
+        if self.blocks_started is None:
+            if self.awaits_device:
+                synchronize(args)
+            self.blocks_started = now()
 
 
 class Position(torch.nn.Module):
@@ -25,38 +52,32 @@ class Position(torch.nn.Module):
     whatever else it is asked for, its block answers.
     """
 
-    replay: Replay
-    index: int
-    block: torch.nn.Module
-    call: Call | None
-    runs: int
+    def __init__(self, label: str, block: torch.nn.Module, progress: Progress) -> None:
+        self.label, self.block, self.progress = label, block, progress
+        self.call: Call | None = None
+        self.ran = False
 
-    def __init__(self, replay: Replay, index: int, block: torch.nn.Module) -> None:
-        self.__dict__.update(replay=replay, index=index, block=block, call=None, runs=0)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__[name] = value
+    __setattr__ = object.__setattr__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the block gives for these arguments."""
-        replay, call = self.replay, self.call
-        self.runs += 1
-        replay.in_blocks = True
-        if self.runs > 1:
+        progress, call = self.progress, self.call
+        if self.ran:
             raise OptionError(f"the model's forward runs {self} twice; {_ONCE}")
+        self.ran = progress.in_blocks = True
         if call is None:
-            replay.note_start(args)
+            progress.note_start(args)
             call = Call(args, kwargs, self.block)
-            if not call.inputs_intact():
+            if not call.intact():
                 raise OptionError(f"{self} changes its input in place; {_CANNOT_SHARE_IN_PLACE}")
             self.call = call
-        elif not call.inputs_intact() or not call.output_intact():
+        elif not call.intact():
             raise OptionError(f"the input or output of {self} is changed in place after it ran; "
                               f"{_CANNOT_SHARE_IN_PLACE}")  # fmt: skip
-        elif not call.had(args, kwargs, replay.equal):
+        elif not call.had(args, kwargs, progress.equal):
             raise OptionError(
                 f"{self} gets other arguments at another depth, so exits cannot share its work; "
                 "the model's forward must loop once over the list, first block first"
@@ -64,7 +85,7 @@ class Position(torch.nn.Module):
         return call.output
 
     def __repr__(self) -> str:
-        return f"block {self.index} of {self.replay.name!r}"
+        return self.label
 
 
 _ONCE = "exits can share blocks that run exactly once"
@@ -84,12 +105,12 @@ class Replay:
     """
 
     def __init__(self, model: torch.nn.Module, name: str, blocks: DepthContainer) -> None:
-        self.model, self.name, self.blocks = model, name, blocks
-        self.positions = [Position(self, i, b) for i, b in enumerate(blocks.all_blocks())]
-        self.in_blocks = False
-        self.blocks_started = 0.0
-        self.equal: Equal = {}
-        self._wait = self._starting = False
+        self.model, self.blocks = model, blocks
+        self.progress = Progress()
+        self.positions = [
+            Position(f"block {i} of {name!r}", block, self.progress)
+            for i, block in enumerate(blocks.all_blocks())
+        ]
         self._stems = _outside(model, blocks)
         self._calls: dict[torch.nn.Module, list[Call]] = {}
         self._keep_all = False
@@ -109,7 +130,7 @@ class Replay:
             OptionError: The model does not run each block once, or changes a hidden state in
                 place.
         """
-        self._wait = wait
+        self.progress.start(wait=wait)
         try:
             output = self._run(forward, submodel, count)
         except SpentError:
@@ -121,6 +142,7 @@ class Replay:
                 if position.call is not None and position.call.took_spent():
                     position.call = None
             self._trial, self._keep_all = {}, True
+            self.progress.start(wait=wait)
             output = self._run(forward, submodel, count)
         if wait:
             synchronize(output)
@@ -132,8 +154,7 @@ class Replay:
     def _run(self, forward: Callable[[], Any], submodel: Submodel, count: int) -> Any:
         positions = self.positions[:count]
         for position in positions:
-            position.runs = 0
-        self.in_blocks, self._starting = False, True
+            position.ran = False
         with (
             active(self.model, submodel),
             self.blocks.play(positions),
@@ -142,9 +163,9 @@ class Replay:
             torch.no_grad(),
         ):
             output = forward()
-        self.equal.clear()
+        self.progress.equal.clear()
         for position in positions:
-            if position.runs == 0:
+            if not position.ran:
                 raise OptionError(f"the model's forward leaves out {position}; {_ONCE}")
         if any(isinstance(tensor, Spent) for tensor in tensors(output)):
             raise SpentError("the model returns hidden states that it did not return before")
@@ -154,22 +175,13 @@ class Replay:
         """Give up all hidden states but the last; for good once a run did without them."""
         if self._done > 1:
             self._trial.clear()
-        trial = self._done <= 1
-        gone: dict[int, Spent] = {}
-        for position in self.positions[max(self._done - 1, 0) : count]:
-            call = position.call
-            if call is not None:
-                if trial:
-                    self._trial[position] = call
-                position.call = call.forgetting(gone, output=position.index < count - 1)
-
-    def note_start(self, args: tuple[Any, ...]) -> None:
-        """Note when a run's first new block starts: from there on its blocks' time counts."""
-        if self._starting:
-            self._starting = False
-            if self._wait:
-                synchronize(args)
-            self.blocks_started = now()
+        gone: Gone = {}
+        for index in range(max(self._done - 1, 0), count):
+            position = self.positions[index]
+            if position.call is not None:
+                if self._done <= 1:
+                    self._trial[position] = copy.copy(position.call)
+                position.call.forget(gone, output=index < count - 1)
 
     @contextlib.contextmanager
     def _replaying_stems(self) -> Iterator[None]:
@@ -190,16 +202,15 @@ class Replay:
 
     def _replaying(self, module: torch.nn.Module) -> Callable[..., Any]:
         """The module's forward, except that before the blocks it replays equal calls."""
-        forward = module.forward
+        forward, progress = module.forward, self.progress
         earlier = self._calls.get(module, [])
         made: list[Call] = []
 
         def replaying(*args: Any, **kwargs: Any) -> Any:
-            if self.in_blocks:
+            if progress.in_blocks:
                 return forward(*args, **kwargs)
             call = earlier[len(made)] if len(made) < len(earlier) else None
-            intact = call is not None and call.inputs_intact() and call.output_intact()
-            if call is None or not intact or not call.had(args, kwargs, self.equal):
+            if call is None or not call.intact() or not call.had(args, kwargs, progress.equal):
                 call = Call(args, kwargs, forward)
             made.append(call)
             self._calls[module] = made

@@ -17,6 +17,10 @@ PLAN = "_elastic_plan"
 DECLARED = "_elastic_dimensions"
 """Attribute under which ``elasticize`` keeps full sizes that it was given."""
 
+Setting = list[tuple[ElasticAxis, int, torch.Tensor]]
+"""Axes of a dimension, and the size and probe of each."""
+_last_applied: dict[str, Setting] = {}
+
 
 class Plan:
     """The elastic axes below a module, by dimension, and what each sub-model sets them to.
@@ -48,7 +52,9 @@ class Plan:
         self.full = {name: declared.get(name) or _agreed(name, pairs)
                      for name, pairs in named.items()}  # fmt: skip
         self.current = Submodel(**self._counts_now()) if self.full else None
-        self._settings: dict[Submodel, list[tuple[ElasticAxis, int, torch.Tensor]]] = {}
+        self._settings: dict[Submodel, dict[str, Setting]] = {}
+        self._by_size: dict[tuple[str, int], Setting] = {}
+        self._applied: dict[str, Setting] = {}
 
     def _counts_now(self) -> dict[str, int]:
         """The count of each dimension that its axes show: not full where a part was activated."""
@@ -65,16 +71,26 @@ class Plan:
         }
 
     def apply(self, submodel: Submodel) -> None:
-        """Set every axis; the list of settings of a sub-model is worked out once."""
+        """Set every axis; what a sub-model sets is worked out once.
+
+        Where this plan was also the last of all to be applied, no axis has changed since, and only
+        those of the dimensions that change are set.
+        """
+        global _last_applied
         settings = self._settings.get(submodel)
         if settings is None:
             settings = self._settings[submodel] = self._work_out(submodel)
-        for axis, size, probe in settings:
-            axis.active = size
-            axis.probe = probe
+        before = self._applied if self._applied is _last_applied else {}
+        self._applied = _last_applied = {}  # until all is done
+        for name, setting in settings.items():
+            if before.get(name) is not setting:
+                for axis, size, probe in setting:
+                    axis.active = size
+                    axis.probe = probe
         self.current = submodel
+        self._applied = _last_applied = settings
 
-    def _work_out(self, submodel: Submodel) -> list[tuple[ElasticAxis, int, torch.Tensor]]:
+    def _work_out(self, submodel: Submodel) -> dict[str, Setting]:
         for name, size in submodel.items():
             if name not in self.full:
                 raise DimensionError(
@@ -82,13 +98,18 @@ class Plan:
                 )
             if size > self.full[name]:
                 raise DimensionError(f"{name}={size} is not in 1..{self.full[name]}")
-        settings = []
-        for name, full in self.full.items():
-            count = submodel.get(name, full)
-            for axis in self.axes[name]:
-                size = axis.scaled(count, full)
-                settings.append((axis, size, axis.probe_of(size)))
-        return settings
+        return {
+            name: self._setting(name, submodel.get(name, full)) for name, full in self.full.items()
+        }
+
+    def _setting(self, name: str, count: int) -> Setting:
+        """What a count of a dimension sets its axes to; the same list each time."""
+        setting = self._by_size.get((name, count))
+        if setting is None:
+            sizes = [(axis, axis.scaled(count, self.full[name])) for axis in self.axes[name]]
+            setting = [(axis, size, axis.probe_of(size)) for axis, size in sizes]
+            self._by_size[name, count] = setting
+        return setting
 
 
 def _declared_by(module: torch.nn.Module) -> dict[str, int]:
