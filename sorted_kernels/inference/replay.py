@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -208,16 +208,22 @@ class Replay:
     def _run(
         self, forward: Callable[[], Any], submodel: Submodel, count: int, wait: bool
     ) -> Any:
-        steps = self.steps[:count]
+        before, steps, stems = current(self.model), self.steps[:count], self._stems
         for step in steps:
             step.ran = False
         self.progress.start(wait)
-        with self._on_the_model(submodel, count), torch.no_grad():
-            if torch.is_inference_mode_enabled():  # its tensors have no version to tell changes by
-                with torch.inference_mode(False), torch.no_grad():
-                    output = forward()
-            else:
+        with self.blocks.play(self._stand_ins[:count]), _with_versions(), torch.no_grad():
+            for stem in stems:
+                stem.put()
+            try:
+                activate(self.model, submodel)
                 output = forward()
+            finally:
+                activate(self.model, before)
+                for stem in stems:
+                    stem.remove()
+        # Those that did not run before the blocks (the head) need no care in later runs.
+        self._stems = [stem for stem in stems if stem.calls]
         self.progress.equal.clear()
         for step in steps:
             if not step.ran:
@@ -232,31 +238,22 @@ class Replay:
         if self._done > 1:
             self._trial.clear()
         gone: Gone = {}
-        for index in range(max(self._done - 1, 0), count):
-            step = self.steps[index]
-            if step.call is not None:
+        last = self.steps[count - 1]
+        for step in self.steps[max(self._done - 1, 0) : count]:
+            call = step.call
+            if call is not None:
                 if self._done <= 1:
-                    self._trial[step] = copy.copy(step.call)
-                step.call.forget_inputs(gone)
-                if index < count - 1:
-                    step.call.forget_output(gone)
+                    self._trial[step] = copy.copy(call)
+                call.forget_inputs(gone)
+                if step is not last:
+                    call.forget_output(gone)
 
-    @contextlib.contextmanager
-    def _on_the_model(self, submodel: Submodel, count: int) -> Iterator[None]:
-        """Within the block the model is at a sub-model, and stand-ins and stems take part."""
-        before, stems = current(self.model), self._stems
-        with self.blocks.play(self._stand_ins[:count]):
-            for stem in stems:
-                stem.put()
-            try:
-                activate(self.model, submodel)
-                yield
-            finally:
-                activate(self.model, before)
-                for stem in stems:
-                    stem.remove()
-        # Those that did not run before the blocks (the head) need no care in later runs.
-        self._stems = [stem for stem in stems if stem.calls]
+
+def _with_versions() -> contextlib.AbstractContextManager[Any]:
+    """No inference mode, whose tensors have no version to tell changes by."""
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return contextlib.nullcontext()
 
 
 def synchronize(value: Any) -> None:
