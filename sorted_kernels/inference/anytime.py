@@ -116,7 +116,9 @@ def _depth_list(model: torch.nn.Module) -> tuple[str, DepthContainer, ElasticAxi
             f"{type(model).__name__} has no module list with an elastic depth to exit from; its "
             f"dimensions are {there}"
         )
-    listed = ", ".join(f"{name} ({blocks.axes['depth'].dimension})" for name, blocks in found.items())
+    listed = ", ".join(
+        f"{name} ({blocks.axes['depth'].dimension})" for name, blocks in found.items()
+    )
     raise DimensionError(
         f"{type(model).__name__} has {len(found)} lists with an elastic depth: {listed}; anytime "
         f"exits from exactly one (its dimensions are {there})"

@@ -39,12 +39,10 @@ class Call:
 
     def intact(self) -> bool:
         """Whether no argument was changed in place, in the call or since, and no result since."""
-        for tensor, version in self._inputs:
-            if tensor._version != version:
-                return False
-        for tensor, version in self._outputs:
-            if tensor._version != version:
-                return False
+        for pairs in (self._inputs, self._outputs):
+            for tensor, version in pairs:
+                if tensor._version != version:
+                    return False
         return True
 
     def had(self, args: tuple[Any, ...], kwargs: dict[str, Any], equal: Equal) -> bool:
@@ -95,7 +93,7 @@ class Spent(Tensor):
             "depths before: exits cannot share its work"
         )
 
-    __torch_dispatch__ = __torch_function__  # of what gets past Python
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # what gets past Python
 
 
 _WITHOUT_CONTENT = (

@@ -138,7 +138,11 @@ class Stem:
         if progress.in_blocks:
             return self._forward(*args, **kwargs)
         self.runs += 1
-        if run < len(calls) and calls[run].intact() and calls[run].had(args, kwargs, progress.equal):
+        if (
+            run < len(calls)
+            and calls[run].intact()
+            and calls[run].had(args, kwargs, progress.equal)
+        ):
             return calls[run].output
         calls[run:] = [Call(args, kwargs, self._forward)]
         return calls[run].output
@@ -167,7 +171,7 @@ class Replay:
             Step(f"block {i} of {name!r}", block, self.progress)
             for i, block in enumerate(blocks.all_blocks())
         ]
-        self._stand_ins = [StandIn(step) for step in self.steps]
+        self._stand_ins: list[torch.nn.Module] = [StandIn(step) for step in self.steps]
         self._stems = [Stem(module, self.progress) for module in _outside(model, blocks)]
         self._keep_all = False
         self._trial: dict[Step, Call] = {}  # full calls, until a run did without them
@@ -205,9 +209,7 @@ class Replay:
         self._done = count
         return output
 
-    def _run(
-        self, forward: Callable[[], Any], submodel: Submodel, count: int, wait: bool
-    ) -> Any:
+    def _run(self, forward: Callable[[], Any], submodel: Submodel, count: int, wait: bool) -> Any:
         before, steps, stems = current(self.model), self.steps[:count], self._stems
         for step in steps:
             step.ran = False
