@@ -6,7 +6,7 @@ among them or in the result changed in place since.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,23 +27,22 @@ class Call:
         function: What to call with them; called once, here.
     """
 
-    __slots__ = ("args", "kwargs", "output", "_versions")
+    __slots__ = ("args", "kwargs", "output", "_inputs", "_outputs")
 
     def __init__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[..., Any]
     ) -> None:
         self.args, self.kwargs = args, kwargs
-        self._versions = _versions(args, kwargs)
+        self._inputs = _versions((args, kwargs) if kwargs else args)
         self.output = function(*args, **kwargs)
-        self._versions += _versions(self.output)
+        self._outputs = _versions(self.output)
 
     def intact(self) -> bool:
-        """Whether no tensor was changed in place: none of the arguments', in or since the call,
-        and none of the result's since.
-        """
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return False
+        """Whether no argument was changed in place, in the call or since, and no result since."""
+        for pairs in (self._inputs, self._outputs):
+            for tensor, version in pairs:
+                if tensor._version != version:
+                    return False
         return True
 
     def had(self, args: tuple[Any, ...], kwargs: dict[str, Any], equal: Equal) -> bool:
@@ -57,22 +56,19 @@ class Call:
         """Whether a spent tensor was among the arguments."""
         return any(isinstance(tensor, Spent) for tensor in tensors((self.args, self.kwargs)))
 
-    def forget(self, gone: Gone, output: bool) -> None:
-        """Put spent tensors in the place of real ones.
+    def forget_inputs(self, gone: Gone) -> None:
+        """Put the spent tensors that stand for those that are gone among the arguments."""
+        if self._inputs:
+            self.args = _replaced(self.args, gone)
+            self.kwargs = _replaced(self.kwargs, gone) if self.kwargs else self.kwargs
+            self._inputs = [pair for pair in self._inputs if id(pair[0]) not in gone]
 
-        Args:
-            gone: What stands for which tensor.
-            output: Whether the result goes too; ``gone`` then learns of it.
-        """
-        self.args = _replaced(self.args, gone)
-        if self.kwargs:
-            self.kwargs = _replaced(self.kwargs, gone)
-        if output:
-            for tensor in tensors(self.output):
-                if id(tensor) not in gone and not isinstance(tensor, Spent):
-                    gone[id(tensor)] = (tensor, _spent(tensor))
-            self.output = _replaced(self.output, gone)
-        self._versions = [pair for pair in self._versions if id(pair[0]) not in gone]
+    def forget_output(self, gone: Gone) -> None:
+        """Put spent tensors in the place of the result's, and note them in ``gone``."""
+        for tensor, _ in self._outputs:
+            if id(tensor) not in gone:
+                gone[id(tensor)] = (tensor, _spent(tensor))
+        self.output, self._outputs = _replaced(self.output, gone), []
 
 
 class SpentError(OptionError):
@@ -97,7 +93,7 @@ class Spent(Tensor):
             "depths before: exits cannot share its work"
         )
 
-    __torch_dispatch__ = __torch_function__  # of what gets past Python
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # what gets past Python
 
 
 _WITHOUT_CONTENT = (
@@ -119,16 +115,17 @@ def _spent(tensor: Tensor) -> Spent:
     )
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """The tensors in a value and inside its tuples, lists and mappings."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
+        return [value]
+    if isinstance(value, (tuple, list)):
+        if len(value) == 1:
+            return tensors(value[0])
+        return [tensor for item in value for tensor in tensors(item)]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors(item)]
+    return []
 
 
 def _replaced(value: Any, gone: Gone) -> Any:
@@ -136,16 +133,16 @@ def _replaced(value: Any, gone: Gone) -> Any:
     if isinstance(value, Tensor):
         return gone[id(value)][1] if id(value) in gone else value
     if type(value) in (tuple, list):
-        return type(value)(_replaced(item, gone) for item in value)
+        return type(value)([_replaced(item, gone) for item in value])
     if type(value) is dict:
         return {key: _replaced(item, gone) for key, item in value.items()}
     return value
 
 
-def _versions(*values: Any) -> list[tuple[Tensor, int]]:
+def _versions(value: Any) -> list[tuple[Tensor, int]]:
     return [
         (tensor, tensor._version)
-        for tensor in tensors(values)
+        for tensor in tensors(value)
         if not isinstance(tensor, Spent) and not tensor.is_inference()
     ]
 

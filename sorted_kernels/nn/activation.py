@@ -10,6 +10,7 @@ import torch
 
 from sorted_kernels.errors import DimensionError
 from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
 
 PLAN = "_elastic_plan"
@@ -36,8 +37,11 @@ class Plan:
     def __init__(self, model: torch.nn.Module) -> None:
         named: dict[str, list[tuple[str, ElasticAxis]]] = {}
         declared: dict[str, int] = {}
+        self.lists: list[str] = []
         for path, module in model.named_modules():
             axes = getattr(module, "axes", None)
+            if _is_elastic_list(module):
+                self.lists.append(path)
             for name, axis in axes.items() if isinstance(axes, dict) else ():
                 if axis.dimension is not None:
                     label = f"{path}.{name}" if path else name
@@ -146,6 +150,17 @@ def forget_plan(model: torch.nn.Module) -> None:
 def dimensions(model: torch.nn.Module) -> dict[str, int]:
     """Full size of each elastic dimension of a model."""
     return dict(plan_of(model).full)
+
+
+def depth_lists(model: torch.nn.Module) -> dict[str, DepthContainer]:
+    """The lists of a model whose depth is elastic, by path."""
+    found: dict[str, Any] = {path: model.get_submodule(path) for path in plan_of(model).lists}
+    return {path: blocks for path, blocks in found.items() if _is_elastic_list(blocks)}
+
+
+def _is_elastic_list(module: torch.nn.Module) -> bool:
+    axis = module.depth_axis if isinstance(module, DepthContainer) else None
+    return axis is not None and axis.dimension is not None
 
 
 def current(model: torch.nn.Module) -> Submodel:
