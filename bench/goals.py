@@ -27,7 +27,12 @@ class Goal:
 
     def verdict(self, ratio: float) -> str:
         """``met``, or by how much a ratio of times misses the goal."""
-        return "met" if ratio <= self.at_most else f"MISSED by {ratio / self.at_most - 1:.0%}"
+        return "met" if ratio <= self.at_most else f"MISSED by {self.gap(ratio)}"
+
+    def gap(self, ratio: float) -> str:
+        """By how much a ratio of times is above what is allowed."""
+        above = ratio / self.at_most - 1
+        return f"{above:.0%}" if above >= 0.01 else "under 1%"
 
 
 # Ideal speed-up of a step with AdamW over B0, M = K = 4096 in bfloat16, by rows and M / m: the
@@ -63,6 +68,12 @@ EXPECTED = {
 }
 """Families that have goals, on CPUs (False) and GPUs (True), by the start of their kernel's name;
 those without a row are reported as not measured."""
+
+
+def family_of(kernel: str, gpu: bool) -> str | None:
+    """The key of :data:`EXPECTED` that a row's kernel belongs to."""
+    fitting = [key for key in EXPECTED[gpu] if kernel == key or kernel.startswith(f"{key}_")]
+    return max(fitting, key=len, default=None)
 
 
 def goals_for(

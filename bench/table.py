@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from bench.goals import LIMIT
 from bench.harness import BASELINES, Case
 from bench.rows import Row
 
 SECONDS = {"ms": 1e-3, "us": 1e-6}
+RATES = {"copy": "GB/s", "matmul": "TFLOP/s"}
 NOISY_SPREAD = 1.5  # p80 over p20 from which a ratio of medians says little
 NOISY_PREEMPTIONS = 50.0  # a second: two threads that wait for each other feel each of them
 
@@ -29,6 +30,16 @@ def limit_share(row: Row, limits: Mapping[str, float]) -> float | None:
     if row.bytes and "copy" in limits:
         floors.append(row.bytes / limits["copy"] / 1e9)
     return max(floors) / (row.p50 * SECONDS[row.metric]) if floors else None
+
+
+def limits_for(row: Row, rows: Iterable[Row]) -> dict[str, float]:
+    """The limits that apply to a row: the latest of its device, the rate only in its dtype."""
+    found = {}
+    for limit in rows:
+        known = limit.kernel == "limit" and limit.mode in RATES and limit.device == row.device
+        if known and (limit.mode == "copy" or limit.dtype == row.dtype):
+            found[limit.mode] = limit.p50
+    return found
 
 
 def describe(
