@@ -140,6 +140,14 @@ def test_check_sees_any_difference(results, readme, capsys):
     assert run(readme, results, "--check") == 1
 
 
+def test_check_sees_a_picture_of_other_rows(results, readme, capsys):
+    run(readme, results)
+    file = results / "h200" / "benchmarks.csv"
+    file.write_text(file.read_text().replace(",193,", ",194,"))  # samples: not in the README
+    assert run(readme, results, "--check") == 1
+    assert "limit_share.png was not drawn from the CSV" in capsys.readouterr().out
+
+
 def test_a_later_row_replaces_an_earlier_one(results, readme):
     late = rows_of("linear", "dgrad", SQUARE, 2 * 4096**3, ours=0.199)
     append_rows(results / "h200" / "benchmarks.csv", late)

@@ -138,6 +138,8 @@ def fake_gpu(monkeypatch):
         def device(self):
             return torch.device("cuda:0")
 
+        is_cuda = True
+
     monkeypatch.setattr(backend, "_module", lambda op, device_type: None)
     monkeypatch.setattr(backend, "_machine", lambda device: None)
     monkeypatch.setattr(backend, "choose_linear", choose)
