@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/* csrc/*/*)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -43,6 +43,9 @@ format: $(VENV)/.lint ## format the sources
 bench: $(VENV)/.test ## run the CPU benchmarks into runs/bench
 	$(BIN)/python -m bench --out runs/bench --device cpu
 	$(BIN)/python -m bench.plot runs/bench runs/bench/benchmarks.csv
+
+report: $(VENV)/.test ## write the README's measured section from bench/results
+	$(BIN)/python -m bench.report
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info sorted_kernels/*.so sorted_kernels/_build.json

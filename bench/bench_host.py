@@ -11,11 +11,12 @@ from torch import nn
 
 import sorted_kernels as sk
 from bench import shapes
+from bench.goals import goals_for
 from bench.harness import Case, Contestant
 from bench.our_contestants import elastic_linear
 from bench.rows import format_sizes
 from bench.shapes import LinearShape
-from bench.torch_contestants import LinearData
+from bench.torch_contestants import LinearData, expert_linear
 from sorted_kernels.models.residual_mlp import elastic_residual_mlp
 
 
@@ -44,6 +45,19 @@ def _standalone(shape: LinearShape, device: torch.device) -> Contestant:
     return Contestant(call)
 
 
+def _expert(shape: LinearShape, device: torch.device) -> Contestant:
+    """B1: views by hand, gradients added in place."""
+    data = LinearData.make(shape, torch.float32, device)
+    forward, _, _ = expert_linear(data)
+    x = data.leaf()
+
+    def call() -> None:
+        x.grad = None
+        forward(x).backward(data.dy)
+
+    return Contestant(call)
+
+
 def _ours(shape: LinearShape, device: torch.device) -> Contestant:
     data = LinearData.make(shape, torch.float32, device)
     layer, x = elastic_linear(data), data.leaf()
@@ -56,7 +70,7 @@ def _ours(shape: LinearShape, device: torch.device) -> Contestant:
 
 
 def _call_case(shape: LinearShape, device: torch.device) -> Case:
-    builders = {"B2": _standalone, "B0": _naive, "ours": _ours}
+    builders = {"B2": _standalone, "B1": _expert, "B0": _naive, "ours": _ours}
     return Case(
         kernel="host",
         mode="forward+backward",
@@ -65,6 +79,7 @@ def _call_case(shape: LinearShape, device: torch.device) -> Case:
         contestants={name: partial(build, shape, device) for name, build in builders.items()},
         device=device,
         clock="host",
+        goals=goals_for("host", "forward+backward", {}, "float32", device.type == "cuda"),
     )
 
 

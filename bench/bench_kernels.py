@@ -13,10 +13,8 @@ from bench.kernels.linear import linear_dgrad, linear_forward, linear_wgrad
 from bench.kernels.norm import norm_backward, norm_forward
 
 
-def _both_caches(cases: list[Case], device: torch.device) -> list[Case]:
-    """Memory-bound kernels: hot and cold on a GPU, hot alone on a CPU."""
-    if device.type != "cuda":
-        return cases
+def _both_caches(cases: list[Case]) -> list[Case]:
+    """Memory-bound kernels: hot and cold."""
     return [replace_cache(case, cache) for case in cases for cache in ("hot", "cold")]
 
 
@@ -46,7 +44,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         for build in (embedding_forward, embedding_backward)
     ]
     steps = [adamw_step(shape, torch.float32, device) for shape in adamw]
-    return compute_bound + _both_caches(memory_bound, device) + steps
+    return compute_bound + _both_caches(memory_bound + steps)
 
 
 def test_kernels(case, provider, measure):

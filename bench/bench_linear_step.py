@@ -8,8 +8,10 @@ from functools import partial
 import torch
 
 from bench import shapes
-from bench.harness import Case, Contestant, Goal
+from bench.goals import goals_for
+from bench.harness import Case, Contestant
 from bench.our_contestants import our_linear_step
+from bench.rows import parse_sizes
 from bench.shapes import LinearShape
 from bench.torch_contestants import (
     LinearData,
@@ -27,14 +29,12 @@ def make_case(shape: LinearShape, dtype: torch.dtype, device: torch.device) -> C
         "B0": naive_linear_step,
         "ours": our_linear_step,
     }
-    goals = [Goal("B2", 1.10)]
-    if shape.N == 32 and shape.m * 8 == shape.M:
-        goals.append(Goal("B0", 1 / 8))
 
     def build(builder: Callable[[LinearData], Contestant]) -> Contestant:
         return builder(LinearData.make(shape, dtype, device))
 
-    active = shape.m * shape.k
+    active, name = shape.m * shape.k, str(dtype).removeprefix("torch.")
+    sizes, gpu = parse_sizes(str(shape)), device.type == "cuda"
     return Case(
         kernel="linear_step",
         mode="train",
@@ -47,7 +47,7 @@ def make_case(shape: LinearShape, dtype: torch.dtype, device: torch.device) -> C
         # and read, and the optimizer's parameter and two moments read and written
         bytes=dtype.itemsize * (6 * shape.N * max(shape.m, shape.k) + 10 * active),
         tolerance=1e-2 if dtype == torch.float32 else 1e-1,
-        goals=tuple(goals),
+        goals=goals_for("linear_step", "train", sizes, name, gpu),
     )
 
 

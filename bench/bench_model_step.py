@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import sorted_kernels as sk
 from bench import shapes
-from bench.harness import Case, Contestant, Goal
+from bench.goals import goals_for
+from bench.harness import Case, Contestant
 from bench.shapes import ModelShape
 from bench.torch_contestants import ADAMW, fused_adamw
 from sorted_kernels.models.residual_mlp import elastic_residual_mlp
@@ -73,7 +74,7 @@ def make_case(shape: ModelShape, device: torch.device) -> Case:
         device=device,
         flops=3 * forward,
         tolerance=1e-2,
-        goals=(Goal("B2", 1.10),),
+        goals=goals_for("model_step", "train", {}, "float32", device.type == "cuda"),
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import machine
+from bench.goals import Goal
 from bench.rows import Row
 
 BASELINES = ("B0", "B1", "B2")
@@ -40,19 +41,6 @@ class Contestant:
 
     call: Callable[[], object]
     outcome: Callable[[], Iterable[Tensor]] | None = None
-
-
-@dataclass(frozen=True)
-class Goal:
-    """``ours`` shall take at most ``at_most`` times what ``baseline`` takes."""
-
-    baseline: str
-    at_most: float
-
-    def __str__(self) -> str:
-        if self.at_most < 1:
-            return f"at least {1 / self.at_most:g}x faster than {self.baseline}"
-        return f"at most {self.at_most:.2f}x of {self.baseline}"
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from bench.goals import LIMIT
 from bench.harness import BASELINES, Case
 from bench.rows import Row
 
 SECONDS = {"ms": 1e-3, "us": 1e-6}
+RATES = {"copy": "GB/s", "matmul": "TFLOP/s"}
 NOISY_SPREAD = 1.5  # p80 over p20 from which a ratio of medians says little
 NOISY_PREEMPTIONS = 50.0  # a second: two threads that wait for each other feel each of them
 
@@ -30,8 +32,14 @@ def limit_share(row: Row, limits: Mapping[str, float]) -> float | None:
     return max(floors) / (row.p50 * SECONDS[row.metric]) if floors else None
 
 
-def _verdict(ratio: float, at_most: float) -> str:
-    return "met" if ratio <= at_most else f"MISSED by {ratio / at_most - 1:.0%}"
+def limits_for(row: Row, rows: Iterable[Row]) -> dict[str, float]:
+    """The limits that apply to a row: the latest of its device, the rate only in its dtype."""
+    found = {}
+    for limit in rows:
+        known = limit.kernel == "limit" and limit.mode in RATES and limit.device == row.device
+        if known and (limit.mode == "copy" or limit.dtype == row.dtype):
+            found[limit.mode] = limit.p50
+    return found
 
 
 def describe(
@@ -71,8 +79,12 @@ def describe(
             ratios.append(f"{share:.0%} of the limit")
         if ratios:
             lines.append("    " + "  ".join(ratios))
-        for goal in case.goals:
+        for goal in case.goals if name == "ours" else ():
+            ratio = None
             if goal.baseline in by_provider:
                 ratio = row.p50 / by_provider[goal.baseline].p50
-                lines.append(f"    goal: {goal}: {_verdict(ratio, goal.at_most)}")
+            elif goal.baseline == LIMIT and share:
+                ratio = 1 / share
+            if ratio is not None:
+                lines.append(f"    goal: {goal}: {goal.verdict(ratio)}")
     return lines

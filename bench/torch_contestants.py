@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,25 +118,33 @@ class SlicedAdamW:
         torch._foreach_zero_(self.grads)
 
 
-def expert_linear_step(data: LinearData) -> Contestant:
-    """B1: touch the active block only, as far as plain PyTorch lets one."""
+def expert_linear(
+    data: LinearData,
+) -> tuple[Callable[[Tensor], Tensor], list[Tensor], list[Tensor]]:
+    """B1's layer: its forward, the active blocks of weight and bias, and of their gradients."""
     m, k = data.shape.m, data.shape.k
     weight, bias = (nn.Parameter(t.clone()) for t in (data.weight, data.bias))
     for parameter in (weight, bias):
         parameter.grad = torch.zeros_like(parameter)
     assert weight.grad is not None and bias.grad is not None
-    optimizer = SlicedAdamW(
-        [weight.detach()[:m, :k], bias.detach()[:m]], [weight.grad[:m, :k], bias.grad[:m]]
-    )
+    views = [weight.detach()[:m, :k], bias.detach()[:m]]
+    grads = [weight.grad[:m, :k], bias.grad[:m]]
+    return lambda x: _ViewLinear.apply(x, weight, bias, m), views, grads
+
+
+def expert_linear_step(data: LinearData) -> Contestant:
+    """B1: touch the active block only, as far as plain PyTorch lets one."""
+    forward, views, grads = expert_linear(data)
+    optimizer = SlicedAdamW(views, grads)
     x = data.leaf()
 
     def step() -> None:
         x.grad = None
         optimizer.zero_grad()
-        _ViewLinear.apply(x, weight, bias, m).backward(data.dy)
+        forward(x).backward(data.dy)
         optimizer.step()
 
-    return Contestant(step, lambda: data.change(weight, bias))
+    return Contestant(step, lambda: data.change(*views))
 
 
 def standalone_linear_step(data: LinearData) -> Contestant:

@@ -158,7 +158,7 @@ def test_a_quick_run_from_the_shell(tmp_path):
     assert [(row.kernel, row.mode, row.provider) for row in rows] == [
         ("limit", "copy", "torch"),
         ("limit", "matmul", "torch"),
-        *(("host", "forward+backward", provider) for provider in ("B2", "B0", "ours")),
+        *(("host", "forward+backward", provider) for provider in ("B2", "B1", "B0", "ours")),
         ("host", "switch", "ours"),
     ]
     assert all(row.p50 > 0 and row.commit == "0123456789ab" for row in rows)

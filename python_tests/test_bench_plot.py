@@ -45,8 +45,8 @@ def committed():
 def test_pictures_of_the_committed_results(tmp_path, capsys):
     folder = tmp_path / "new" / "folder"
     plot.main([str(folder), str(COMMITTED)])
-    files = [folder / "speedup.png", folder / "step_time.png"]
-    assert sorted(folder.iterdir()) == files
+    files = [folder / f"{name}.png" for name in ("speedup", "limit_share", "step_time")]
+    assert sorted(folder.iterdir()) == sorted(files)
     assert capsys.readouterr().out.split() == [str(file) for file in files]
     for file in files:
         pixels = image.imread(file)
@@ -122,8 +122,57 @@ def test_sizes_that_the_baseline_lacks_are_left_out():
     assert [x for x, _ in curves(axes)[plot.NAMES["ours"]]] == [1 / 16, 1.0]
 
 
+def test_only_the_pictures_asked_for(tmp_path):
+    plot.main([str(tmp_path / "out"), str(COMMITTED), "--only", "step_time"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step_time.png"]
+
+
+LIMITS = [
+    replace(ROW, kernel="limit", provider="torch", mode="copy", metric="GB/s", p50=2.0),
+    replace(ROW, kernel="limit", provider="torch", mode="matmul", metric="TFLOP/s", p50=1e-3),
+]
+
+
+def norm(provider, p50, **changes):
+    """A kernel that must move 1 MB: 0.5 ms at 2 GB/s."""
+    row = step(provider, "N=1 K=1 k=1", p50, 0, kernel="rms_norm", mode="forward")
+    return replace(row, bytes=1_000_000, **changes)
+
+
+def test_share_of_the_limit_is_its_time_over_the_measured_one():
+    """1 MFLOP takes 1 ms at 1 GFLOP/s, which is more than the bytes' time."""
+    rows = [*LIMITS, *(replace(row, bytes=1) for row in ROWS), norm("ours", 2.0)]
+    layer, alone = plot.draw_limit_share(rows).axes
+    found = curves(layer)
+    assert found[plot.NAMES["B2"]] == [[1.0, 50.0], [16.0, 400.0]]
+    assert found[plot.NAMES["B0"]] == [[1.0, 12.5], [16.0, pytest.approx(1600 / 9)]]
+    assert curves(alone)[plot.NAMES["ours"]] == [[1.0, 25.0]]
+    assert "rms_norm forward" in alone.get_title() and alone.get_xlabel().startswith("MB")
+
+
+def test_hot_and_cold_share_a_panel():
+    rows = [*LIMITS, norm("ours", 1.0), norm("ours", 2.0, cache="cold")]
+    (axes,) = plot.draw_limit_share(rows).axes
+    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "D"]
+    assert points == [[[1.0, 50.0]], [[1.0, 25.0]]]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [[], [replace(each, device="another") for each in LIMITS], [replace(LIMITS[1], dtype="int8")]],
+    ids=["none", "of-another-device", "of-another-dtype"],
+)
+def test_without_a_limit_that_applies_there_is_no_share(limits):
+    assert plot.draw_limit_share([*limits, *(replace(row, bytes=0) for row in ROWS)]) is None
+
+
+def test_contestants_and_units_that_are_not_known_are_no_error():
+    strange = [norm("B9", 1.0), norm("ours", 1.0, metric="thoughts/s")]
+    assert plot.draw_limit_share([*LIMITS, *strange]) is None
+
+
 def test_no_rows_are_no_error(tmp_path, capsys):
     append_rows(tmp_path / "rows.csv", [])
     plot.main([str(tmp_path / "out"), str(tmp_path / "rows.csv")])
     assert list((tmp_path / "out").iterdir()) == []
-    assert capsys.readouterr().out.count("no rows to draw") == 2
+    assert capsys.readouterr().out.count("no rows to draw") == 3

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.harness import Case, Contestant, Goal
+from bench.goals import goals_for
+from bench.harness import Case, Contestant
+from bench.rows import parse_sizes
 
 
 def replace_cache(case: Case, cache: str) -> Case:
@@ -27,11 +29,11 @@ def kernel_case(
     dtype: torch.dtype,
     device: torch.device,
     contestants: dict[str, Callable[[], Contestant]],
-    goals: tuple[Goal, ...] = (),
     flops: int = 0,
     traffic: int = 0,
 ) -> Case:
     """A case whose clock is the kernel's; ``traffic`` counts elements, not bytes."""
+    name, gpu = str(dtype).removeprefix("torch."), device.type == "cuda"
     return Case(
         kernel=kernel,
         mode=mode,
@@ -43,7 +45,7 @@ def kernel_case(
         bytes=traffic * dtype.itemsize,
         clock="kernel",
         tolerance=_tolerance(dtype),
-        goals=goals if device.type == "cuda" else (),
+        goals=goals_for(kernel, mode, parse_sizes(str(shape)), name, gpu),
     )
 
 

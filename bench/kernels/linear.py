@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from bench.harness import Case, Contestant, Goal
+from bench.harness import Case, Contestant
 from bench.kernels.common import kernel_case, returning
 from bench.shapes import LinearShape
 from bench.torch_contestants import LinearData
-from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.backend import has_triton, linear_implementation
 from sorted_kernels.reference import linear as reference_linear
 
 aten = torch.ops.aten
 
 
-def _backend(x: Tensor, ours: bool) -> ModuleType:
-    return implementation("linear", x) if ours else reference_linear
+def _kernel(module: str) -> ModuleType:
+    """A kernel of ours alone, whatever the choice for the sizes would be."""
+    return importlib.import_module(f"sorted_kernels.{module}.linear")
+
+
+def _sliced(
+    shape: LinearShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    run: Callable[[ModuleType, LinearData], Contestant],
+    chosen: Callable[[LinearData], ModuleType],
+) -> dict[str, Callable[[], Contestant]]:
+    """Those who work on the parent: B1, each kernel of ours that can run, and the one chosen.
+
+    ``ours`` is what users get, so it may be any of the others.
+    """
+
+    def build(module: Callable[[LinearData], ModuleType]) -> Contestant:
+        data = LinearData.make(shape, dtype, device)
+        return run(module(data), data)
+
+    providers = {"B1": partial(build, lambda _: reference_linear)}
+    if device.type == "cuda" and has_triton():
+        providers["triton"] = partial(build, lambda _: _kernel("triton"))
+    return {**providers, "ours": partial(build, chosen)}
+
+
+def _padded(shape: LinearShape, dtype: torch.dtype) -> tuple[int, int] | None:
+    """(m, k) rounded up to what cuBLAS likes, for odd sizes that fit into the parent."""
+    step = 16 // dtype.itemsize
+    m, k = (-(-size // step) * step for size in (shape.m, shape.k))
+    fits = m <= shape.M and k <= shape.K and shape.K % step == 0
+    return (m, k) if fits and (m, k) != (shape.m, shape.k) else None
 
 
 def linear_forward(shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Case:
@@ -33,12 +64,27 @@ def linear_forward(shape: LinearShape, dtype: torch.dtype, device: torch.device)
         weight, bias = d.weight[:m, :k].contiguous(), d.bias[:m].contiguous()
         return returning(lambda: F.linear(d.x, weight, bias))
 
-    def sliced(ours: bool) -> Contestant:
+    def naive() -> Contestant:
         d = LinearData.make(shape, dtype, device)
-        linear = _backend(d.x, ours).linear
-        return returning(lambda: linear(d.x, d.weight, d.bias, m, "none", False)[0])
+        return returning(lambda: F.linear(d.x, d.weight[:m, :k], d.bias[:m]))
 
-    providers = {"B2": contiguous, "B1": partial(sliced, False), "ours": partial(sliced, True)}
+    def padded(rows: int, cols: int) -> Contestant:
+        d = LinearData.make(shape, dtype, device)
+        x = F.pad(d.x, (0, cols - k))
+        view, bias = d.weight[:rows, :cols], d.bias[:rows]
+        return returning(lambda: F.linear(x, view, bias)[:, :m])
+
+    def run(module: ModuleType, d: LinearData) -> Contestant:
+        return returning(lambda: module.linear(d.x, d.weight, d.bias, m, "none", False)[0])
+
+    def chosen(d: LinearData) -> ModuleType:
+        return linear_implementation("forward", (d.x, d.weight), m, k)
+
+    providers: dict[str, Callable[[], Contestant]] = {"B2": contiguous, "B0": naive}
+    sizes = _padded(shape, dtype)
+    if sizes and device.type == "cuda":
+        providers["padded"] = partial(padded, *sizes)
+    providers |= _sliced(shape, dtype, device, run, chosen)
     return _linear_case("forward", shape, dtype, device, providers)
 
 
@@ -51,12 +97,17 @@ def linear_dgrad(shape: LinearShape, dtype: torch.dtype, device: torch.device) -
         weight = d.weight[:m, :k].contiguous()
         return returning(lambda: d.dy @ weight)
 
-    def sliced(ours: bool) -> Contestant:
+    def naive() -> Contestant:
         d = LinearData.make(shape, dtype, device)
-        dgrad = _backend(d.x, ours).linear_dgrad
-        return returning(lambda: dgrad(d.dy, d.weight, k))
+        return returning(lambda: d.dy @ d.weight[:m, :k])
 
-    providers = {"B2": contiguous, "B1": partial(sliced, False), "ours": partial(sliced, True)}
+    def run(module: ModuleType, d: LinearData) -> Contestant:
+        return returning(lambda: module.linear_dgrad(d.dy, d.weight, k))
+
+    def chosen(d: LinearData) -> ModuleType:
+        return linear_implementation("dgrad", (d.dy, d.weight), m, k)
+
+    providers = {"B2": contiguous, "B0": naive, **_sliced(shape, dtype, device, run, chosen)}
     return _linear_case("dgrad", shape, dtype, device, providers)
 
 
@@ -79,18 +130,14 @@ def linear_wgrad(shape: LinearShape, dtype: torch.dtype, device: torch.device) -
         grad = torch.zeros(m, k, dtype=dtype, device=device)
         return Contestant(lambda: grad.addmm_(d.dy.t(), d.x), lambda: [grad])
 
-    def sliced(ours: bool) -> Contestant:
-        d = LinearData.make(shape, dtype, device)
+    def run(module: ModuleType, d: LinearData) -> Contestant:
         grad = torch.zeros_like(d.weight)[:m, :k]
-        wgrad_into = _backend(d.x, ours).linear_wgrad_into
-        return Contestant(lambda: wgrad_into(d.dy, d.x, grad, True), lambda: [grad])
+        return Contestant(lambda: module.linear_wgrad_into(d.dy, d.x, grad, True), lambda: [grad])
 
-    providers: dict[str, Callable[[], Contestant]] = {
-        "B2": contiguous,
-        "B1": partial(sliced, False),
-        "B0": naive,
-        "ours": partial(sliced, True),
-    }
+    def chosen(d: LinearData) -> ModuleType:
+        return linear_implementation("wgrad", (d.dy, d.x, d.weight), m, k)
+
+    providers = {"B2": contiguous, "B0": naive, **_sliced(shape, dtype, device, run, chosen)}
     return _linear_case("wgrad", shape, dtype, device, providers)
 
 
@@ -101,9 +148,5 @@ def _linear_case(
     device: torch.device,
     providers: dict[str, Callable[[], Contestant]],
 ) -> Case:
-    aligned = all(size % 8 == 0 for size in (shape.m, shape.k, shape.M, shape.K))
-    goals = (Goal("B1", 1.0 if aligned else 1 / 3),)
     traffic = shape.N * (shape.m + shape.k) + (2 if mode == "wgrad" else 1) * shape.m * shape.k
-    return kernel_case(
-        "linear", mode, shape, dtype, device, providers, goals, shape.gemm_flops, traffic
-    )
+    return kernel_case("linear", mode, shape, dtype, device, providers, shape.gemm_flops, traffic)

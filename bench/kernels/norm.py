@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Contestant, Goal
+from bench.harness import Case, Contestant
 from bench.kernels.common import kernel_case, returning
 from bench.shapes import NormShape
 from sorted_kernels.ops.backend import implementation
@@ -52,9 +53,13 @@ def norm_forward(kernel: str, shape: NormShape, dtype: torch.dtype, device: torc
         affine = (d.weight, d.bias) if kernel == "layer_norm" else (d.weight,)
         return returning(lambda: norm(d.x, *affine, NORM_EPS[kernel])[0])
 
-    providers = {"B2": contiguous, "ours": ours}
-    goals, traffic = (Goal("B2", 1 / 1.3),), 2 * shape.N * shape.k
-    return kernel_case(kernel, "forward", shape, dtype, device, providers, goals, traffic=traffic)
+    def sliced() -> Contestant:  # naive and expert PyTorch alike
+        d = _NormData.make(shape, dtype, device)
+        return returning(lambda: _torch_norm(kernel, d.x, d.weight[: shape.k], d.bias[: shape.k]))
+
+    providers = {"B2": contiguous, "B0": sliced, "ours": ours}
+    traffic = 2 * shape.N * shape.k
+    return kernel_case(kernel, "forward", shape, dtype, device, providers, traffic=traffic)
 
 
 def norm_backward(kernel: str, shape: NormShape, dtype: torch.dtype, device: torch.device) -> Case:
@@ -69,6 +74,23 @@ def norm_backward(kernel: str, shape: NormShape, dtype: torch.dtype, device: tor
 
         def call() -> None:
             last[:] = torch.autograd.grad(y, wanted, d.dy, retain_graph=True)
+
+        return Contestant(call, lambda: last)
+
+    def sliced(in_place: bool) -> Contestant:
+        """B0: full-size gradients of the parameters; B1: views, added to the gradient's prefix."""
+        d = _NormData.make(shape, dtype, device)
+        x, *full = (t.clone().requires_grad_() for t in (d.x, d.weight, d.bias))
+        grads = [torch.zeros_like(t) for t in full][: 1 + has_bias]
+        views = [(t.detach()[:k].requires_grad_() if in_place else t[:k]) for t in full]
+        y = _torch_norm(kernel, x, *views)
+        wanted, last = [x, *(views if in_place else full)[: 1 + has_bias]], []
+
+        def call() -> None:
+            dx, *found = torch.autograd.grad(y, wanted, d.dy, retain_graph=True)
+            for grad, each in zip(grads, found, strict=True):
+                (grad[:k] if in_place else grad).copy_(each)
+            last[:] = [dx, *(grad[:k] for grad in grads)]
 
         return Contestant(call, lambda: last)
 
@@ -90,6 +112,11 @@ def norm_backward(kernel: str, shape: NormShape, dtype: torch.dtype, device: tor
 
         return Contestant(call, lambda: last)
 
-    providers = {"B2": contiguous, "ours": ours}
-    goals, traffic = (Goal("B2", 1 / 1.3),), 3 * shape.N * k
-    return kernel_case(kernel, "backward", shape, dtype, device, providers, goals, traffic=traffic)
+    providers = {
+        "B2": contiguous,
+        "B1": partial(sliced, True),
+        "B0": partial(sliced, False),
+        "ours": ours,
+    }
+    traffic = 3 * shape.N * k
+    return kernel_case(kernel, "backward", shape, dtype, device, providers, traffic=traffic)

@@ -60,10 +60,34 @@ def demo(
     )
 
 
-@app.command(epilog=_examples("doctor"))
-def doctor() -> None:
+@app.command(
+    epilog=_examples(
+        "doctor",
+        "doctor --explain linear 4096 4096 4096 1001 999 bfloat16",
+        "doctor --explain linear 8 4096 4096 512 512 float32 --activation gelu",
+    )
+)
+def doctor(
+    explain: Annotated[
+        tuple[str, int, int, int, int, int, str] | None,
+        typer.Option(
+            metavar="linear N M K m k DTYPE",
+            help="What would run N rows through the (m, k) block of an (M, K) weight, and why.",
+        ),
+    ] = None,
+    activation: Annotated[
+        str, typer.Option(help="With --explain: none, relu, gelu or silu.")
+    ] = "none",
+) -> None:
     """Show what is installed, which back end each operation takes here and why."""
-    doctoring.report(console)
+    if explain is None:
+        doctoring.report(console)
+        return
+    op, rows, full_m, full_k, m, k, dtype = explain
+    if op != "linear":
+        raise OptionError(f"--explain is {op!r}; allowed is linear")
+    problems = doctoring.linear_problems(rows, (full_m, full_k), (m, k), dtype, activation)
+    doctoring.explain(console, problems)
 
 
 @app.command(

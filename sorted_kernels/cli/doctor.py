@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import re
@@ -14,10 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from sorted_kernels import env
-from sorted_kernels.errors import DeviceError
+from sorted_kernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 from sorted_kernels.ops import backend, optimizer
+from sorted_kernels.ops.dispatch import (
+    DTYPES,
+    PRODUCTS,
+    Choice,
+    LinearProblem,
+    Machine,
+    choose_linear,
+)
 from sorted_kernels.ops.library import load_compiled
 from sorted_kernels.ops.promotion import PACKAGE, SOURCES, manifest, promoted
+from sorted_kernels.reference.linear import ACTIVATIONS
 
 PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "rich", "typer", "scikit-learn")
 
@@ -109,6 +119,71 @@ def report(console: Console) -> None:
         f"Experimental (no recorded GPU run has passed them): {', '.join(waiting) or 'none'}.\n"
         f"SORTED_KERNELS_EXPERIMENTAL is {switch}."
     )
+
+
+def linear_problems(
+    rows: int, full: tuple[int, int], active: tuple[int, int], dtype: str, activation: str = "none"
+) -> list[LinearProblem]:
+    """The three products of a layer whose activations are dense.
+
+    Args:
+        rows: N.
+        full: (M, K) of the parent weight.
+        active: (m, k) of its block.
+        dtype: Name of the element type.
+        activation: What follows the forward product.
+
+    Raises:
+        ShapeError: A size below 1, or an active one above the full one.
+        DTypeError: A dtype that linear does not take.
+        OptionError: An unknown activation.
+    """
+    names = {str(allowed).removeprefix("torch."): allowed for allowed in DTYPES}
+    if dtype not in names:
+        raise DTypeError(f"dtype is {dtype!r}; allowed are {', '.join(names)}")
+    if activation not in ACTIVATIONS:
+        raise OptionError(f"--activation is {activation!r}; allowed are {', '.join(ACTIVATIONS)}")
+    if rows < 1:
+        raise ShapeError(f"N is {rows}; at least 1 is needed")
+    for name, size, above in zip("MK", full, active, strict=True):
+        if not 1 <= above <= size:
+            raise ShapeError(f"{name.lower()} is {above}; allowed are 1 to {name}, which is {size}")
+    (_, weight), (dy, x) = full, active
+    strides = {"forward": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x, weight)}
+    return [
+        LinearProblem(
+            product,
+            rows,
+            *active,
+            names[dtype],
+            strides[product],
+            activation=activation if product == "forward" else "none",
+        )
+        for product in PRODUCTS
+    ]
+
+
+def machines() -> list[tuple[str, Machine]]:
+    """The devices here, and two GPUs on which the same software could run."""
+    here = [("here: cpu", backend.machine(torch.device("cpu")))]
+    gpu = backend.machine(torch.device("cuda"))
+    if torch.cuda.is_available():
+        here.append((f"here: {torch.cuda.get_device_name()}", gpu))
+    others = (("an sm_90 GPU", (9, 0)), ("an sm_80 GPU", (8, 0)))
+    return here + [(name, dataclasses.replace(gpu, capability=c)) for name, c in others]
+
+
+def explain(console: Console, problems: Iterable[LinearProblem]) -> None:
+    """Print what would run each product on each machine, and why."""
+    rows = []
+    for problem in problems:
+        for name, machine in machines():
+            try:
+                choice = choose_linear(problem, machine)
+            except DeviceError as error:
+                choice = Choice("error", str(error))
+            rows.append((problem.product, name, *choice))
+    console.print(_table("linear", ("product", "device", "back end", "why"), rows))
 
 
 def _table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

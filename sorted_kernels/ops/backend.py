@@ -8,23 +8,22 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
+from sorted_kernels.ops.dispatch import (
+    DECODE_ROWS,
+    Choice,
+    LinearProblem,
+    Machine,
+    choose_linear,
+)
 from sorted_kernels.ops.promotion import promoted
 
 OPS = ("linear", "layer_norm", "rms_norm", "embedding")
-
-
-class Choice(NamedTuple):
-    """A back end and the reason for it, as ``sorted-kernels doctor`` prints them."""
-
-    backend: str
-    reason: str
 
 
 def has_triton() -> bool:
@@ -34,6 +33,9 @@ def has_triton() -> bool:
 
 def choose(op: str, device_type: str) -> Choice:
     """The back end of an op on a device type, and why.
+
+    For a uniform linear product on CUDA, this is the most that may run; its sizes have the last
+    word (:func:`linear_implementation`).
 
     Raises:
         DeviceError: ``SORTED_KERNELS_BACKEND`` asks for one that cannot run here.
@@ -63,6 +65,83 @@ def choose(op: str, device_type: str) -> Choice:
 @functools.cache
 def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
+
+
+def machine(device: torch.device) -> Machine:
+    """What the choice for a linear product depends on besides the product itself."""
+    # The wgmma kernel joins here ("cuda") with the name that promotion has for it.
+    built = frozenset({"triton"}) if has_triton() else frozenset()
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return Machine(
+        device_type=device.type,
+        capability=torch.cuda.get_device_capability(device) if there else None,
+        forced=env.forced_backend(),
+        experimental=env.experimental(),
+        built=built,
+        promoted=built if promoted("linear") else frozenset(),
+        interpreter=env.triton_interpreter(),
+    )
+
+
+_machine = functools.cache(machine)
+
+
+def linear_implementation(
+    product: str, operands: tuple[Tensor, ...], m: int, k: int, activation: str = "none"
+) -> ModuleType:
+    """The module that runs one product of a linear layer.
+
+    Args:
+        product: ``"forward"``, ``"dgrad"`` or ``"wgrad"``.
+        operands: The activations (..., features) first, then whatever else has a row stride of its
+            own: the parent weight, or the view that takes the gradient.
+        m: Active output features.
+        k: Active input features.
+        activation: What follows the forward product.
+    """
+    x = operands[0]
+    if x.dtype is torch.float64 or _reference_only:
+        return _reference("linear")
+    if not x.is_cuda:
+        return _module("linear", x.device.type)
+    if _module("linear", "cuda") is _reference("linear"):  # no kernel of ours may run at all
+        return _reference("linear")
+    return _linear_module(
+        product,
+        min(x.numel() // max(x.shape[-1], 1), DECODE_ROWS + 1),  # a key a regime, not a batch size
+        m,
+        k,
+        x.dtype,
+        tuple(map(_row_stride, operands)),
+        all(tensor.data_ptr() % 16 == 0 for tensor in operands),
+        activation,
+        x.device,
+    )
+
+
+def _row_stride(tensor: Tensor) -> int:
+    """Between rows that are dense, or are made so before a kernel reads them."""
+    if tensor.dim() > 1 and tensor.stride(-1) == 1:
+        return tensor.stride(-2)
+    return tensor.shape[-1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear_module(
+    product: str,
+    rows: int,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    strides: tuple[int, ...],
+    aligned_base: bool,
+    activation: str,
+    device: torch.device,
+) -> ModuleType:
+    problem = LinearProblem(product, rows, m, k, dtype, strides, aligned_base, activation)
+    backend = choose_linear(problem, _machine(device)).backend
+    name = "reference" if backend == "library" else backend
+    return importlib.import_module(f"sorted_kernels.{name}.linear")
 
 
 def in_plain_torch(op: str, x: Tensor) -> bool:
@@ -108,4 +187,5 @@ def reset() -> None:
     """Forget the choices made, so that a changed environment is read again (for tests)."""
     global _generation
     _generation += 1
-    _module.cache_clear()
+    for cache in (_module, _machine, _linear_module):
+        cache.cache_clear()

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, OptionError, ShapeError
-from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.backend import implementation, linear_implementation
 from sorted_kernels.ops.blocks import Blocks
 from sorted_kernels.ops.checks import (
     autocast,
@@ -49,13 +49,16 @@ def _linear(
     if weight.dtype != x.dtype:  # autocast casts the block, never the whole weight
         weight = weight[:out_features, : x.shape[-1]].to(x.dtype)
         bias = None if bias is None else bias[:out_features].to(x.dtype)
-    return implementation("linear", x).linear(x, weight, bias, out_features, activation, save)
+    sizes = out_features, x.shape[-1]
+    module = linear_implementation("forward", (x, weight), *sizes, activation)
+    return module.linear(x, weight, bias, out_features, activation, save)
 
 
 def _dgrad(dy: Tensor, weight: Tensor, in_features: int) -> Tensor:
     if weight.dtype != dy.dtype:
         weight = weight[: dy.shape[-1], :in_features].to(dy.dtype)
-    return implementation("linear", dy).linear_dgrad(dy, weight, in_features)
+    module = linear_implementation("dgrad", (dy, weight), dy.shape[-1], in_features)
+    return module.linear_dgrad(dy, weight, in_features)
 
 
 def _wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -72,10 +75,11 @@ def _wgrad_(dy: Tensor, x: Tensor, grad: Tensor) -> None:
 def _wgrad_into(dy: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
     if dy.dtype != out.dtype:  # autocast: half-precision activations, float32 gradients
         product = torch.empty(out.shape, dtype=dy.dtype, device=dy.device)
-        implementation("linear", dy).linear_wgrad_into(dy, x, product, False)
+        _wgrad_into(dy, x, product, False)
         out.add_(product) if accumulate else out.copy_(product)
         return
-    implementation("linear", dy).linear_wgrad_into(dy, x, out, accumulate)
+    module = linear_implementation("wgrad", (dy, x, out), *out.shape)
+    module.linear_wgrad_into(dy, x, out, accumulate)
 
 
 def _bias_grad_into(dy: Tensor, out: Tensor, accumulate: bool) -> None:

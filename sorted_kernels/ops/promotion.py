@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,16 @@ def manifest() -> dict[str, Any]:
     return json.loads(MANIFEST.read_text()) if MANIFEST.is_file() else {}
 
 
-@functools.cache
-def digest(kernel: str) -> str | None:
-    """SHA-256 over a kernel's sources; None if one of them was not compiled here."""
-    compiled = manifest().get("sources", {})
+def digest_of(kernel: str, compiled: Mapping[str, str]) -> str | None:
+    """SHA-256 over a kernel's sources.
+
+    Args:
+        kernel: A key of :data:`SOURCES`.
+        compiled: Digests of the C++ and CUDA sources by name.
+
+    Returns:
+        None if one of its sources is not among them.
+    """
     total = hashlib.sha256()
     for name in SOURCES[kernel]:
         if name.startswith("csrc/"):
@@ -57,7 +64,18 @@ def digest(kernel: str) -> str | None:
 
 
 @functools.cache
+def digest(kernel: str) -> str | None:
+    """:func:`digest_of` what was compiled here; None if one of its sources was not."""
+    return digest_of(kernel, manifest().get("sources", {}))
+
+
+def recorded() -> dict[str, str]:
+    """The digest of each kernel that a recorded GPU run has passed."""
+    return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+
+
+@functools.cache
 def promoted(kernel: str) -> bool:
     """Whether a recorded GPU run has passed these very sources."""
-    recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-    return kernel in recorded and recorded[kernel] == digest(kernel)
+    passed = recorded()
+    return kernel in passed and passed[kernel] == digest(kernel)

@@ -1,0 +1,204 @@
+"""Which implementation runs a uniform linear product: a pure function of what is known beforehand.
+
+Three products share a weight ``W[:m, :k]`` of a parent ``(M, K)``: *forward* ``x @ W.T`` (x is
+(N, k)), *dgrad* ``dy @ W`` (dy is (N, m)) and *wgrad* ``dW[:m, :k] += dy.T @ x``. The vendor's
+library, reached through PyTorch on strided views, is at the limit for aligned uniform sizes; a
+kernel of this project runs where it is expected to win, and only if a recorded GPU run has passed
+it or experimental kernels are on. What is expected is written down in the constants below, and
+nowhere else. No GPU has confirmed them yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sorted_kernels.errors import DeviceError
+
+PRODUCTS = ("forward", "dgrad", "wgrad")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+VECTOR_BYTES = 16
+"""Alignment that tensor-core kernels load with. Below it cuBLAS falls to align-1 kernels."""
+
+DECODE_ROWS = 16
+"""Batches of up to this many rows only stream the weight."""
+
+DECODE_BYTES = 32 << 20
+"""Active weights larger than this keep the library's kernels at the memory's bandwidth, too."""
+
+PEAK_SHARE = {"cuda": 0.9, "triton": 0.65}
+"""Rate of a kernel's large product over the library's (public marks on Hopper)."""
+
+FLOPS_PER_BYTE = {2: 180, 4: 15}
+"""Operations an H200 does while it moves a byte, by the size of an element."""
+
+
+class Choice(NamedTuple):
+    """A back end and the reason for it, as ``sorted-kernels doctor`` prints them."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One product, as far as the choice depends on it.
+
+    Attributes:
+        product: One of :data:`PRODUCTS`.
+        rows: N.
+        out_features: m.
+        in_features: k.
+        dtype: Of the activations, and of the weight's block.
+        strides: Row strides, in elements, of the operands that are not dense by construction: the
+            weight or its gradient, x and dy as far as they take part.
+        aligned_base: Whether those operands start at multiples of 16 bytes.
+        activation: What follows the forward product; ``"none"`` for the others.
+    """
+
+    product: str
+    rows: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    aligned_base: bool = True
+    activation: str = "none"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every load and store of a row can be 16 bytes wide."""
+        sizes = (self.out_features, self.in_features, *self.strides)
+        itemsize = self.dtype.itemsize
+        return self.aligned_base and all(size * itemsize % VECTOR_BYTES == 0 for size in sizes)
+
+    @property
+    def strides_aligned(self) -> bool:
+        """Whether TMA can address the operands, whatever the extents."""
+        itemsize = self.dtype.itemsize
+        return self.aligned_base and all(s * itemsize % VECTOR_BYTES == 0 for s in self.strides)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and what the environment allows on it.
+
+    Attributes:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        capability: The GPU's compute capability, None elsewhere.
+        forced: What ``SORTED_KERNELS_BACKEND`` says, None for ``auto``.
+        experimental: Whether kernels that no GPU run has passed may run.
+        built: Kernels of this project that could be called: ``"triton"`` where Triton is
+            installed, ``"cuda"`` where the compiled library has them.
+        promoted: Those of them that a recorded GPU run has passed.
+        interpreter: Whether Triton kernels run on CPU tensors.
+    """
+
+    device_type: str
+    capability: tuple[int, int] | None = None
+    forced: str | None = None
+    experimental: bool = False
+    built: frozenset[str] = frozenset()
+    promoted: frozenset[str] = frozenset()
+    interpreter: bool = False
+
+
+def fused_in_features(backend: str, itemsize: int) -> float:
+    """Largest k at which fusing the activation outweighs a slower product.
+
+    Fusing saves one write and one read of y, ``2 * N * m * itemsize`` bytes; the slower product
+    costs ``2 * N * m * k * (1 / share - 1)`` operations more.
+    """
+    return itemsize * FLOPS_PER_BYTE[itemsize] / (1 / PEAK_SHARE[backend] - 1)
+
+
+def expected_to_win(backend: str, problem: LinearProblem) -> str | None:
+    """Where one of our kernels should beat the library, in words; None where it should not."""
+    itemsize = problem.dtype.itemsize
+    if backend == "cuda" and itemsize != 2:
+        return None
+    if itemsize == 2 and not problem.aligned:
+        return "odd sizes, strides or addresses"
+    weight_bytes = problem.out_features * problem.in_features * itemsize
+    reads_weight = problem.product != "wgrad"
+    if reads_weight and problem.rows <= DECODE_ROWS and weight_bytes <= DECODE_BYTES:
+        return f"at most {DECODE_ROWS} rows"
+    fuses = problem.activation != "none"
+    if fuses and problem.in_features <= fused_in_features(backend, itemsize):
+        return f"{problem.activation} is fused into a short product"
+    return None
+
+
+def fits_gpu(backend: str, capability: tuple[int, int] | None) -> bool:
+    """Whether a GPU has the instructions of one of our kernels."""
+    major = (capability or (0, 0))[0]
+    return major >= 8 if backend == "triton" else major == 9
+
+
+def unavailable(backend: str, problem: LinearProblem, machine: Machine) -> str | None:
+    """Why one of our kernels cannot run at all (promotion aside); None if it can."""
+    if backend not in machine.built:
+        return "Triton is not installed" if backend == "triton" else "the CUDA kernel is not built"
+    if machine.device_type != "cuda":
+        usable = backend == "triton" and machine.device_type == "cpu" and machine.interpreter
+        return None if usable else f"no {backend} kernel runs on {machine.device_type} tensors"
+    if not fits_gpu(backend, machine.capability):
+        return f"the {backend} kernel needs {'sm_80 or newer' if backend == 'triton' else 'sm_90a'}"
+    if backend == "triton":
+        return None
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return "the CUDA kernel takes bfloat16 and float16"
+    if not problem.strides_aligned:
+        return "TMA needs bases and row strides of a multiple of 16 bytes"
+    return None
+
+
+def choose_linear(problem: LinearProblem, machine: Machine) -> Choice:
+    """The back end of one product, and why.
+
+    Returns:
+        ``library``: PyTorch on strided views, because nothing is expected to beat it.
+        ``cuda`` or ``triton``: our kernel. ``reference``: the same PyTorch code as ``library``, in
+        place of a kernel that may not run, because it was asked for, or as the float64 oracle.
+
+    Raises:
+        DeviceError: ``SORTED_KERNELS_BACKEND=triton`` where Triton cannot run.
+    """
+    if problem.dtype is torch.float64:
+        return Choice("reference", "float64 is the oracle's dtype; no kernel takes it")
+    if machine.forced is not None:
+        return _forced(problem, machine)
+    if machine.device_type != "cuda":
+        name = "oneDNN or MKL" if machine.device_type == "cpu" else machine.device_type
+        return Choice("library", f"PyTorch ({name}) on strided views")
+    waiting, gains = [], []
+    for backend in ("cuda", "triton"):
+        gain = expected_to_win(backend, problem)
+        if gain is None or not fits_gpu(backend, machine.capability):
+            continue
+        obstacle = unavailable(backend, problem, machine)
+        if obstacle is None and backend in machine.promoted:
+            return Choice(backend, gain)
+        if obstacle is None and machine.experimental:
+            return Choice(backend, f"{gain} (experimental)")
+        gains.append(gain)
+        waiting.append(obstacle or f"the {backend} kernel is experimental")
+    if waiting:
+        return Choice("reference", f"{gains[0]}, but {'; '.join(waiting)}: cuBLAS it is")
+    return Choice("library", "cuBLAS on strided views: nothing is expected to beat it")
+
+
+def _forced(problem: LinearProblem, machine: Machine) -> Choice:
+    setting = f"SORTED_KERNELS_BACKEND={machine.forced}"
+    if machine.forced == "reference":
+        return Choice("reference", setting)
+    assert machine.forced is not None
+    obstacle = unavailable(machine.forced, problem, machine)
+    if obstacle is None:
+        return Choice(machine.forced, setting)
+    if machine.forced == "triton":
+        raise DeviceError(f"{setting}, but {obstacle}")
+    return Choice("reference", f"{setting}, but {obstacle}")
