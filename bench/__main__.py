@@ -17,6 +17,7 @@ from bench import (
     bench_kernels,
     bench_linear_step,
     bench_model_step,
+    bench_ragged,
     limits,
     machine,
     table,
@@ -28,6 +29,7 @@ FAMILIES = {
     "linear_step": bench_linear_step.cases,
     "model_step": bench_model_step.cases,
     "anytime": bench_anytime.cases,
+    "ragged": bench_ragged.cases,
     "kernels": bench_kernels.cases,
     "host": bench_host.cases,
 }

@@ -79,6 +79,29 @@ class ModelShape:
         return format_sizes(batch=self.batch, depth=self.depth, width=self.width)
 
 
+@dataclass(frozen=True)
+class RaggedShape:
+    """A batch of N rows of ``submodels`` sub-models in equal parts; sizes rise in equal steps.
+
+    For sixteen sub-models the mean of m * k is 0.37 of M * K.
+    """
+
+    N: int
+    M: int
+    K: int
+    submodels: int
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """``(rows, m, k)`` of each sub-model, largest first."""
+        count = self.submodels
+        return [
+            (self.N // count, self.M * i // count, self.K * i // count) for i in range(count, 0, -1)
+        ]
+
+    def __str__(self) -> str:
+        return format_sizes(N=self.N, M=self.M, K=self.K, submodels=self.submodels)
+
+
 def _fractions_of(N: int, M: int, K: int) -> list[LinearShape]:
     return [LinearShape(N, M, K, int(M * f), int(K * f)) for f in FRACTIONS]
 
@@ -90,6 +113,8 @@ LINEAR_STEP_GPU = [
 ] + [LinearShape(4096, 4096, 4096, 1001, 999)]
 
 MODEL_STEP = [ModelShape(64, depth, width) for depth, width in ((12, 8), (6, 4), (12, 2), (3, 8))]
+RAGGED = [RaggedShape(256, 2048, 2048, 16)]
+RAGGED_QUICK = RaggedShape(32, 64, 64, 4)
 ANYTIME = [ModelShape(batch, 12, 8) for batch in (1, 64, 360, 1024)]
 
 # Kernels alone.

@@ -85,6 +85,57 @@ def embedding_accumulate():
     yield torch.randn(3, 2, 4), torch.randint(5, (3, 2)), *slot(5, 6), 5, 1
 
 
+RUNS = [2, 5, 4, 1, 3, 4, 1, 3, 1]  # four rows of widths 4, 4, 4 and 1
+
+
+def ragged_linear():
+    for activation in ("none", "relu", "gelu", "silu"):
+        yield leaf(4, 4), leaf(5, 6), leaf(5), RUNS, activation, activation != "none"
+    yield leaf(4, 4), leaf(7, 4), None, RUNS, "none", False
+
+
+def ragged_linear_dgrad():
+    yield torch.randn(4, 5), torch.randn(6, 5), RUNS
+
+
+def ragged_linear_wgrad():
+    yield torch.randn(4, 5), torch.randn(4, 4), torch.randn(6, 5), RUNS
+
+
+def ragged_linear_bias_grad():
+    yield torch.randn(4, 5), torch.randn(6), RUNS
+
+
+def ragged_layer_norm():
+    yield leaf(4, 4), leaf(6), leaf(6), RUNS, 1e-5
+    yield leaf(4, 4, dtype=torch.bfloat16), None, None, RUNS, 1e-5
+
+
+def ragged_layer_norm_backward():
+    statistics = torch.randn(4, 1), torch.rand(4, 1) + 1
+    for needs in ((True, True, True), (False, True, False), (True, False, False)):
+        yield torch.randn(4, 4), torch.randn(4, 4), *statistics, torch.randn(6), RUNS, *needs
+
+
+def ragged_rms_norm():
+    yield leaf(4, 4), leaf(6), RUNS, 1e-5
+    yield leaf(4, 4, dtype=torch.bfloat16), None, RUNS, 1e-5
+
+
+def ragged_rms_norm_backward():
+    for needs in ((True, True), (False, True), (True, False)):
+        rstd = torch.rand(4, 1) + 1
+        yield torch.randn(4, 4), torch.randn(4, 4), rstd, torch.randn(6), RUNS, *needs
+
+
+def ragged_embedding():
+    yield torch.randint(5, (4,)), leaf(5, 6), RUNS, -1
+
+
+def ragged_embedding_backward():
+    yield torch.randn(4, 4), torch.randint(5, (4,)), 5, RUNS, 2
+
+
 def staircase_adamw_():
     bands, options = [0, 0, 2, 3, 0, 2, 4, 1, 1, 0, 3, 1], (1e-3, 0.9, 0.99, 1e-8, 0.1)
     for dtype, masters in ((torch.float32, []), (torch.bfloat16, [(4, 5), (5,)])):
@@ -104,7 +155,10 @@ SAMPLES = {
     for function in (
         linear, linear_dgrad, linear_wgrad, linear_accumulate, accumulate_prefix, layer_norm,
         layer_norm_backward, rms_norm, rms_norm_backward, embedding, embedding_backward,
-        embedding_accumulate, staircase_adamw_, staircase_sgd_,
+        embedding_accumulate, staircase_adamw_, staircase_sgd_, ragged_linear,
+        ragged_linear_dgrad, ragged_linear_wgrad, ragged_linear_bias_grad, ragged_layer_norm,
+        ragged_layer_norm_backward, ragged_rms_norm, ragged_rms_norm_backward, ragged_embedding,
+        ragged_embedding_backward,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed

@@ -19,9 +19,11 @@ from sorted_kernels.ops.blocks import BlockCache, Blocks
 from sorted_kernels.ops.embedding import run_embedding
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 from sorted_kernels.ops.layer_norm import check_norm, layer_norm_on_blocks, run_layer_norm
-from sorted_kernels.ops.linear import check_linear, linear_on_blocks, run_linear
+from sorted_kernels.ops.linear import check_linear, linear_of_rows, linear_on_blocks, run_linear
+from sorted_kernels.ops.ragged_norm import run_ragged_norm
 from sorted_kernels.ops.rms_norm import run_rms_norm
 from sorted_kernels.reference.linear import ACTIVATIONS
+from sorted_kernels.row_widths import RowWidths
 
 GRAD_MODES = ("inplace", "dense")
 
@@ -177,8 +179,12 @@ class Linear(ElasticModule, torch.nn.Linear):
         axes = {"in": ElasticAxis(in_dim, in_features), "out": ElasticAxis(out_dim, out_features)}
         self.make_elastic(grad_mode, **axes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the active block."""
+    def forward(self, x: Tensor, widths: RowWidths | None = None) -> Tensor:
+        """Apply the active block; or, to each row of a ragged batch x (N, k), its own block."""
+        if widths is not None:
+            weight, bias = self.weight, self.bias
+            paths = self._gradient_path(weight, bias)
+            return linear_of_rows(x, weight, bias, widths, self.activation, *paths)
         blocks = self._plain_blocks(self.out_axis.active, self.in_axis.active)
         if blocks is not None:
             try:
@@ -249,8 +255,12 @@ class LayerNorm(ElasticModule, torch.nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.make_elastic(grad_mode, features=ElasticAxis(dim, one_axis(self)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the active features."""
+    def forward(self, x: Tensor, widths: RowWidths | None = None) -> Tensor:
+        """Normalise the active features; or each row of a ragged batch over its in_features."""
+        if widths is not None:
+            weight, bias = self.weight, self.bias
+            paths = self._gradient_path(weight, bias)
+            return run_ragged_norm("layer_norm", x, weight, bias, widths, self.eps, *paths)
         blocks = self._plain_blocks(self.features_axis.active)
         if blocks is not None and (blocks.weight is None or x.dtype is blocks.weight.dtype):
             try:
@@ -310,14 +320,16 @@ class RMSNorm(ElasticModule, torch.nn.RMSNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.make_elastic(grad_mode, features=ElasticAxis(dim, one_axis(self)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the active features."""
+    def forward(self, x: Tensor, widths: RowWidths | None = None) -> Tensor:
+        """Normalise the active features; or each row of a ragged batch over its in_features."""
         weight = self.weight
-        check_width(x, self.features_axis, "RMSNorm")
         slot, _, dense = self._gradient_path(weight)
         eps = self.eps
         if eps is None:  # of the type that the norm is computed in
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        if widths is not None:
+            return run_ragged_norm("rms_norm", x, weight, None, widths, eps, slot, None, dense)
+        check_width(x, self.features_axis, "RMSNorm")
         return run_rms_norm(x, weight, eps, slot, dense)
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -361,12 +373,12 @@ class Embedding(ElasticModule, torch.nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self.make_elastic(grad_mode, features=ElasticAxis(dim, embedding_dim))
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """Look up the active features."""
+    def forward(self, indices: Tensor, widths: RowWidths | None = None) -> Tensor:
+        """Look up the active features; or, for each place of a ragged batch, its in_features."""
         weight = self.weight
         slot, _, dense = self._gradient_path(weight)
         padding = -1 if self.padding_idx is None else self.padding_idx
-        features = self.features_axis.size()
+        features = self.features_axis.size() if widths is None else widths
         return run_embedding(indices, weight, features, padding, slot, dense)
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,8 @@ from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import FLOATS, check_count, check_parameter, embed_prefix
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
+from sorted_kernels.ops.ragged_embedding import run_ragged_embedding
+from sorted_kernels.row_widths import RowWidths
 
 LIBRARY.define("embedding(Tensor indices, Tensor weight, SymInt features, SymInt padding_idx)"
                " -> Tensor")  # fmt: skip
@@ -163,18 +165,23 @@ def check_embedding(indices: Tensor, weight: Tensor, features: int) -> None:
 
 
 def embedding(
-    indices: Tensor, weight: Tensor, *, features: int | None = None, padding_idx: int | None = None
+    indices: Tensor,
+    weight: Tensor,
+    *,
+    features: int | RowWidths | None = None,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """``weight[indices, :k]``, reading k leading features of each row.
 
     Args:
         indices: int64 or int32 of any shape, each in ``[0, V)`` (checked by PyTorch on the CPU).
         weight: (V, K) with unit inner stride.
-        features: k, a count from 1 to K; K when not given.
+        features: k, a count from 1 to K; K when not given. Or RowWidths, with indices (N,): each
+            place reads its in_features, and the output is zero past them.
         padding_idx: Row that receives no gradient; a negative one counts from the end, as in torch.
 
     Returns:
-        (*indices.shape, k).
+        (*indices.shape, k); (N, largest k) with RowWidths.
 
     Raises:
         ShapeError: ``features`` outside 1..K, ``padding_idx`` outside the rows, or a wrong rank.
@@ -196,12 +203,15 @@ def embedding(
 def run_embedding(
     indices: Tensor,
     weight: Tensor,
-    features: int,
+    features: int | RowWidths,
     padding_idx: int,
     slot: GradientSlot | None,
     dense: bool,
 ) -> Tensor:
     """:func:`embedding` for layers, whose slot says where the gradient lands."""
+    if isinstance(features, RowWidths):
+        check_embedding(indices, weight, features.in_features)
+        return run_ragged_embedding(indices, weight, features, padding_idx, slot, dense)
     check_embedding(indices, weight, features)
     if is_compiling():
         if dense:

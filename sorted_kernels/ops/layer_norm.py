@@ -22,6 +22,8 @@ from sorted_kernels.ops.gradient import (
     parameters_wanted,
 )
 from sorted_kernels.ops.library import LIBRARY
+from sorted_kernels.ops.ragged_norm import run_ragged_norm
+from sorted_kernels.row_widths import RowWidths
 
 LIBRARY.define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
@@ -244,7 +246,12 @@ torch.library.register_autograd(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    features: RowWidths | None = None,
 ) -> Tensor:
     """Layer norm over the last axis with the first k elements of shared affine parameters.
 
@@ -253,9 +260,11 @@ def layer_norm(
         weight: (K,) with K at least k, or None.
         bias: (K,) with K at least k, or None.
         eps: Added to the variance.
+        features: RowWidths for rows of different sub-models: x is (N, at least the largest k), and
+            each row is normalised over its own in_features. The output is zero past them.
 
     Returns:
-        (..., k).
+        (..., k); (N, largest k) with RowWidths.
 
     Raises:
         ShapeError: k is 0 or above K, or a parameter is not one-dimensional.
@@ -263,6 +272,8 @@ def layer_norm(
         DeviceError: Tensors on different devices.
         StrideError: A parameter has no unit stride.
     """
+    if features is not None:
+        return run_ragged_norm("layer_norm", x, weight, bias, features, eps, None, None, True)
     return run_layer_norm(x, weight, bias, eps, None, None, True)
 
 

@@ -30,8 +30,11 @@ from sorted_kernels.ops.gradient import (
     parameters_wanted,
 )
 from sorted_kernels.ops.library import LIBRARY
+from sorted_kernels.ops.ragged import check_rows
+from sorted_kernels.ops.ragged_linear import run_ragged_linear
 from sorted_kernels.reference import linear as reference
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
+from sorted_kernels.row_widths import RowWidths
 
 LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, str activation, bool save)"
@@ -342,7 +345,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    out_features: int | None = None,
+    out_features: int | RowWidths | None = None,
     activation: str | None = None,
 ) -> Tensor:
     """``activation(x @ weight[:m, :k].T + bias[:m])`` on the leading block of a shared weight.
@@ -351,15 +354,20 @@ def linear(
     gradient of ``weight`` is the ordinary full-size one, zero outside the block (layers of
     ``sk.nn`` write only the block). Differentiable twice.
 
+    With :class:`~sorted_kernels.RowWidths` the rows belong to different sub-models, each with its
+    own m and k: one call, at the cost of what the rows need. What x and the upstream gradient hold
+    past a row's size is never read; outputs and gradients are zero there. Differentiable once.
+
     Args:
-        x: (..., k), k at most K. float32, bfloat16, float16 or float64.
+        x: (..., k), k at most K. float32, bfloat16, float16 or float64. (N, at least the largest k)
+            with RowWidths.
         weight: (M, K) with unit inner stride, x's dtype.
         bias: (M,) or None.
-        out_features: m, a count from 1 to M; M when not given.
+        out_features: m, a count from 1 to M; M when not given. Or RowWidths of N rows.
         activation: None, ``"relu"``, ``"gelu"`` (exact) or ``"silu"``.
 
     Returns:
-        (..., m).
+        (..., m); (N, largest m) with RowWidths.
 
     Raises:
         ShapeError: A size below 1 or above the weight's, or a wrong rank.
@@ -369,8 +377,29 @@ def linear(
         OptionError: An unknown activation.
     """
     check_parameter(weight, x, "weight", 2)
+    if isinstance(out_features, RowWidths):
+        return linear_of_rows(x, weight, bias, out_features, activation or "none", None, None, True)
     m = weight.shape[0] if out_features is None else out_features
     return run_linear(x, weight, bias, m, activation or "none", None, None, True)
+
+
+def linear_of_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: RowWidths,
+    activation: str,
+    weight_slot: GradientSlot | None,
+    bias_slot: GradientSlot | None,
+    dense: bool,
+) -> Tensor:
+    """:func:`linear` on a ragged batch, for layers too."""
+    check_rows(x, widths)
+    narrow = x[:, : widths.in_features]
+    check_linear(narrow, weight, bias, widths.out_features, activation)
+    return run_ragged_linear(
+        narrow, weight, bias, widths, activation, weight_slot, bias_slot, dense
+    )
 
 
 def run_linear(

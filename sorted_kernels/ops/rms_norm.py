@@ -14,6 +14,8 @@ from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, lands
 from sorted_kernels.ops.library import LIBRARY
+from sorted_kernels.ops.ragged_norm import run_ragged_norm
+from sorted_kernels.row_widths import RowWidths
 
 LIBRARY.define("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
 LIBRARY.define(
@@ -137,7 +139,13 @@ torch.library.register_autograd(
 )
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    features: RowWidths | None = None,
+) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight[:k]`` with a shared scale.
 
     The mean runs over the k features that are there: masking a full-width norm gives another
@@ -147,9 +155,11 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
         x: (..., k). float32, bfloat16, float16 or float64.
         weight: (K,) with K at least k, or None.
         eps: Added to the mean square.
+        features: RowWidths for rows of different sub-models: x is (N, at least the largest k), and
+            each row is normalised over its own in_features. The output is zero past them.
 
     Returns:
-        (..., k).
+        (..., k); (N, largest k) with RowWidths.
 
     Raises:
         ShapeError: k is 0 or above K, or ``weight`` is not one-dimensional.
@@ -157,6 +167,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
         DeviceError: Tensors on different devices.
         StrideError: ``weight`` has no unit stride.
     """
+    if features is not None:
+        return run_ragged_norm("rms_norm", x, weight, None, features, eps, None, None, True)
     return run_rms_norm(x, weight, eps, None, True)
 
 
