@@ -9,7 +9,8 @@ from torch import Tensor
 
 import sorted_kernels as sk
 from bench import shapes
-from bench.harness import Case, Contestant, Goal
+from bench.goals import goals_for
+from bench.harness import Case, Contestant
 from bench.shapes import RaggedShape
 
 
@@ -45,7 +46,7 @@ def _ours(shape: RaggedShape, dtype: torch.dtype, device: torch.device) -> Conte
 
 
 def _separate(shape: RaggedShape, dtype: torch.dtype, device: torch.device) -> Contestant:
-    """A prefix call for each sub-model's rows, gradients accumulating in the same weight."""
+    """B1: a prefix call for each sub-model's rows, gradients accumulating in the same weight."""
     x, weight, bias, dy = _data(shape, dtype, device)
     layer, runs, begin = _layer(weight, bias), [], 0
     for rows, m, k in shape.runs():
@@ -88,7 +89,7 @@ def _full(shape: RaggedShape, dtype: torch.dtype, device: torch.device) -> Conte
 def make_case(shape: RaggedShape, dtype: torch.dtype, device: torch.device) -> Case:
     """All contestants on one shape."""
     flops = 3 * sk.RowWidths(shape.runs()).flops
-    builders = {"separate": _separate, "full": _full, "ours": _ours}
+    builders = {"B1": _separate, "full": _full, "ours": _ours}
     return Case(
         kernel="ragged_linear",
         mode="forward+backward",
@@ -100,7 +101,7 @@ def make_case(shape: RaggedShape, dtype: torch.dtype, device: torch.device) -> C
         device=device,
         flops=flops,
         tolerance=1e-3 if dtype == torch.float32 else 5e-2,
-        goals=(Goal("separate", 1.15), Goal("full", 0.6)),
+        goals=goals_for("ragged_linear", "forward+backward", {}, str(dtype), device.type == "cuda"),
     )
 
 

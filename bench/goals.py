@@ -49,6 +49,9 @@ EXPECTED = {
         "model_step": "training step of a residual MLP",
         "conv_step": "training step of a convolution",
         "transformer_step": "training step of a transformer block",
+        "host": "host time of a call",
+        "ragged": "ragged batches",
+        "anytime": "every exit against the deepest alone",
         "memory": "peak memory of a step",
     },
     True: {
@@ -76,14 +79,23 @@ def family_of(kernel: str, gpu: bool) -> str | None:
     return max(fitting, key=len, default=None)
 
 
+_CPU_GOALS = {
+    ("host", "forward+backward"): (Goal("B0", 0.6),),
+    # B1 is a loop over the sub-models, "full" all rows at full size.
+    ("ragged_linear", "forward+backward"): (Goal("B1", 1.15), Goal("full", 0.6)),
+}
+
+
 def goals_for(
     kernel: str, mode: str, sizes: Mapping[str, int], dtype: str, gpu: bool
 ) -> tuple[Goal, ...]:
     """The goals of one problem; none for a family that has none."""
     if kernel in ("linear_step", "model_step"):
         return _step_goals(kernel, sizes, dtype, gpu)
+    if kernel == "anytime":  # B2 is the deepest sub-model alone
+        return (Goal("B2", 1.1),)
     if not gpu:
-        return ()
+        return _CPU_GOALS.get((kernel, mode), ())
     if kernel == "linear":
         return _linear_goals(sizes)
     if kernel == "host" and mode == "forward+backward":
