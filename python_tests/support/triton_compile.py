@@ -21,6 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = ("float32", "bfloat16", "float16")
+FUNCTIONS = (
+    "forward", "dgrad", "wgrad", "ragged forward", "ragged dgrad", "ragged wgrad",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,11 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
     memory = SHARED_MEMORY[capability]
     limits = launch.DeviceLimits(1, memory, large_tiles=capability == 90)
     configs = gemm_config.FLOAT_CONFIGS if dtype == torch.float32 else gemm_config.HALF_CONFIGS
+    configs = (*configs, gemm_config.decode_config(dtype))
     weight, bias = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, dtype=dtype)
+
+    def runs(m, k):
+        return [(40, m, k), (24, 48, 32)]
 
     def run(function, config, m, k):
         x, dy = torch.zeros(64, 256, dtype=dtype)[:, :k], torch.zeros(64, 256, dtype=dtype)[:, :m]
@@ -100,8 +107,14 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
             linear.linear(x, weight, bias, m, "gelu", True, config=config)
         elif function == "dgrad":
             linear.linear_dgrad(dy, weight, k, config=config)
-        else:
+        elif function == "wgrad":
             linear.linear_wgrad_into(dy, x, weight[:m, :k], True, config=config)
+        elif function == "ragged forward":
+            linear.ragged_linear(x, weight, bias, runs(m, k), "gelu", True, config=config)
+        elif function == "ragged dgrad":
+            linear.ragged_dgrad(dy, weight, runs(m, k), config=config)
+        else:
+            linear.ragged_wgrad_into(dy, x, runs(m, k), weight, True, config=config)
 
     cases = []
     for config in configs if dtype != torch.float16 else configs[1:2]:
@@ -112,7 +125,7 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
             if dtype == torch.float32 and config is configs[1] and m == 128:
                 fast = dataclasses.replace(config, input_precision="tf32")
                 cases.append((f"forward {tile} tf32", lambda c=fast: run("forward", c, 128, 64)))
-            for function in ("forward", "dgrad", "wgrad"):
+            for function in FUNCTIONS:
                 label = f"{function} {tile} {'odd' if m % 2 else 'aligned'}"
                 cases.append((label, lambda f=function, c=config, m=m, k=k: run(f, c, m, k)))
     return cases
@@ -122,6 +135,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     """Norms at the widths where the tiling changes, column sums, embedding."""
     import torch
 
+    from sorted_kernels.triton import decode as decoding
     from sorted_kernels.triton import embedding, layer_norm, linear, rms_norm
 
     weight = torch.zeros(16384, dtype=dtype)
@@ -140,6 +154,11 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
 
     def sums(k):
         linear.bias_grad_into(torch.zeros(4, k, dtype=dtype), weight[:k], True)
+        linear.ragged_bias_grad_into(torch.zeros(4, k, dtype=dtype), [(4, k, 1)], weight, True)
+
+    def decode(k):
+        x, y = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1024, dtype=dtype)
+        decoding.linear_split(x, weight.view(-1, 1024)[:, :k], weight, y[:, :k], y, 2, "gelu")
 
     def lookup(k):
         indices, table = torch.zeros(4, dtype=torch.int64), weight.view(16, 1024)
@@ -154,6 +173,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         (rms, (64, 8192, 16384)),
         (sums, (63, 64)),
         (lookup, (63, 768)),
+        (decode, (1023, 1024)),
     ):
         for k in widths if dtype != torch.float16 else widths[-1:]:
             cases.append((f"{function.__name__} {k}", lambda f=function, k=k: f(k)))
