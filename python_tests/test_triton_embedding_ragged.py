@@ -72,7 +72,8 @@ def check(runs, dtype, accumulate, padding_idx=-1):
 
 def test_random_problems(ragged_runs):
     rows = ragged.largest(ragged_runs)[0]
-    check(ragged_runs, DTYPES[rows % 3], rows % 2 == 0, padding_idx=rows % V - 1)
+    few = [(min(count, 4), m, k) for count, m, k in ragged_runs]  # a program for each place
+    check(few, DTYPES[rows % 3], rows % 2 == 0, padding_idx=rows % V - 1)
 
 
 @by_problem

@@ -227,8 +227,10 @@ def test_sizes_of_a_shape_seen_before_are_not_made_again():
     assert sizes.row_in.tolist() == [7, 7, 7, 7, 7, 2]
     assert sizes.out_rows.tolist() == [6, 6, 6, 6, 3]
     assert sizes.in_rows.tolist() == [6, 6, 5, 5, 5, 5, 5]
-    assert not sizes.aligned and sizes[4:7] == (6, 5, 7)
+    assert not sizes.aligned and not sizes.in_aligned and sizes[4:7] == (6, 5, 7)
     assert all(tensor.data_ptr() % 16 == 0 and tensor.dtype == torch.int32 for tensor in sizes[:4])
+    norms = row_sizes.row_sizes([(2, 1, 32), (1, 1, 16)], device)
+    assert norms.in_aligned and not norms.aligned
     for rows in range(1, 200):
         row_sizes.row_sizes([(rows, 16, 32)], device)
     assert row_sizes._row_sizes.cache_info().currsize <= 64

@@ -146,11 +146,19 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         layer_norm.layer_norm_backward_into(
             x, x, rows, rows, weight, weight[:k], weight[:k], True, True
         )
+        runs = [(1, 1, k), (3, 1, k - 32)]
+        layer_norm.ragged_layer_norm(x, weight, weight, runs, 1e-5)
+        layer_norm.ragged_layer_norm_backward_into(
+            x, x, rows, rows, weight, runs, weight, weight, True, True
+        )
 
     def rms(k):
         x, rows = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1)
         rms_norm.rms_norm(x, weight, 1e-5)
         rms_norm.rms_norm_backward_into(x, x, rows, weight, weight[:k], True)
+        runs = [(1, 1, k), (3, 1, k - 32)]
+        rms_norm.ragged_rms_norm(x, weight, runs, 1e-5)
+        rms_norm.ragged_rms_norm_backward_into(x, x, rows, weight, runs, weight, True)
 
     def sums(k):
         linear.bias_grad_into(torch.zeros(4, k, dtype=dtype), weight[:k], True)
@@ -165,6 +173,11 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         embedding.embedding(indices, table, k)
         embedding.embedding_backward_into(
             torch.zeros(4, k, dtype=dtype), indices, table[:, :k], True
+        )
+        runs = [(1, 1, k), (3, 1, k - 32)]
+        embedding.ragged_embedding(indices, table, runs)
+        embedding.ragged_embedding_backward_into(
+            torch.zeros(4, k, dtype=dtype), indices, runs, table, True
         )
 
     cases = []

@@ -7,6 +7,7 @@ measured again, by this process or a later one.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -95,7 +96,7 @@ class Tuner:
         try:
             entries = json.loads(self._path.read_text())
             return {bucket: GemmConfig(**config) for bucket, config in entries.items()}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             warnings.warn(f"{self._path} is not a file of tilings ({error}); ignored", stacklevel=2)
@@ -115,7 +116,8 @@ class Tuner:
         except OSError as error:
             warnings.warn(f"{self._path} cannot be written ({error})", stacklevel=2)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def cache_file(device_name: str) -> Path:

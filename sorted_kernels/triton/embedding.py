@@ -87,11 +87,11 @@ def _embedding_backward_kernel(
             active = places < run_end
             rows = tl.load(order_ptr + places, mask=active, other=0)
             mask = active[:, None] & in_row[None, :]
-            _, wanted = within_widths(
+            _, within = within_widths(
                 widths_ptr, rows, tl.num_programs(0), cols, features, mask, ALIGNED
             )
             offsets = rows.to(tl.int64)[:, None] * dy_stride + cols[None, :]
-            dy = tl.load(dy_ptr + offsets, mask=wanted, other=0.0)
+            dy = tl.load(dy_ptr + offsets, mask=within, other=0.0)
             partial += dy.to(tl.float32)
         total = tl.sum(partial, axis=0)
         out_ptrs = out_ptr + (index * out_stride + cols)
@@ -131,7 +131,7 @@ def ragged_embedding(indices: Tensor, weight: Tensor, runs: Runs) -> Tensor:
         (n, k), zero past k_i.
     """
     sizes = row_sizes(runs, weight.device)
-    return _gather(indices, weight, sizes.in_features, sizes.row_in, sizes.aligned)
+    return _gather(indices, weight, sizes.in_features, sizes.row_in, sizes.in_aligned)
 
 
 def _gather(
@@ -177,7 +177,7 @@ def ragged_embedding_backward_into(
     """
     sizes = row_sizes(runs, dy.device)
     out = out[:, : sizes.in_features]
-    _scatter(dy, indices, out, accumulate, padding_idx, sizes.row_in, sizes.aligned)
+    _scatter(dy, indices, out, accumulate, padding_idx, sizes.row_in, sizes.in_aligned)
 
 
 def _scatter(

@@ -23,8 +23,8 @@ MAX_FEATURES = 16384
 """Longest row that fits the registers of one block."""
 
 _MAX_FUSED_FEATURES = {True: 8192, False: 4096}
-"""Longest row, aligned or not, whose gradients and sums of gradients fit there too: a thread with
-one-element loads needs registers for many addresses."""
+"""Longest row whose gradients and sums of gradients fit there too, if all rows are aligned and of
+one width, or not: one-element loads need registers for many addresses, and widths take some."""
 
 _SPLIT_COLS, _WIDE_COLS = 2048, 4096
 
@@ -254,7 +254,7 @@ def norm_forward(
 
 
 def _aligned(features: int, sizes: RowSizes | None) -> bool:
-    return is_aligned(features) if sizes is None else sizes.aligned
+    return is_aligned(features) if sizes is None else sizes.in_aligned
 
 
 def _launch_backward(
@@ -271,10 +271,11 @@ def _launch_backward(
     (n_rows, features), aligned = shape, _aligned(shape[1], sizes)
     widths = None if sizes is None else sizes.row_in
     wants_sums = any(partial is not None for partial in partials)
-    if dx is not None and features > _MAX_FUSED_FEATURES[aligned]:
+    if dx is not None and features > _MAX_FUSED_FEATURES[aligned and widths is None]:
+        block_cols = _WIDE_COLS if widths is None else _WIDE_COLS // 2
         launch(
             _norm_dx_wide_kernel, (n_rows,), *tensors, dx, widths, features, *strides,
-            device=device, ALIGNED=aligned, BLOCK_COLS=_WIDE_COLS, num_warps=8,
+            device=device, ALIGNED=aligned, BLOCK_COLS=block_cols, num_warps=8,
         )  # fmt: skip
         dx = None
     if dx is not None or wants_sums:

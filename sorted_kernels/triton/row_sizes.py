@@ -34,6 +34,7 @@ class RowSizes(NamedTuple):
         out_features: m, the largest row's.
         in_features: k, the largest row's.
         aligned: Whether all feature counts are multiples of 16.
+        in_aligned: Whether all input features are.
         stream: The CUDA stream that the tensors were made on; 0 elsewhere.
     """
 
@@ -45,6 +46,7 @@ class RowSizes(NamedTuple):
     out_features: int
     in_features: int
     aligned: bool
+    in_aligned: bool
     stream: int
 
 
@@ -102,5 +104,5 @@ def _row_sizes(runs: tuple[tuple[int, int, int], ...], device: torch.device) -> 
     stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
     return RowSizes(
         row_out, row_in, out_rows, in_rows, int(ends[-1]), int(out[0]), int(in_[0]),
-        is_aligned(*out.tolist(), *in_.tolist()), stream,
+        is_aligned(*out.tolist(), *in_.tolist()), is_aligned(*in_.tolist()), stream,
     )  # fmt: skip
