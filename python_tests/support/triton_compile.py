@@ -67,7 +67,7 @@ def compile_kernels(capability: int, dtypes: tuple[str, ...] = DTYPES) -> list[C
 
 
 def count_variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
-    """How often each matrix kernel is compiled when linear runs with these sizes (N, m, k)."""
+    """How often each kernel is compiled when linear, also ragged, runs with these (N, m, k)."""
     return json.loads(_run_alone("variants", json.dumps(sizes)))
 
 
@@ -280,6 +280,11 @@ def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
         linear.linear(x[:n, :k], weight, None, m, "none", False, config=config)
         linear.linear_dgrad(dy[:n, :m], weight, k, config=config)
         linear.linear_wgrad_into(dy[:n, :m], x[:n, :k], weight[:m, :k], True, config=config)
+        runs = [(n, m, k), (2, 16, 16)] if m % 16 == 0 else [(n, m, k), (1, 2, 2), (3, 1, 1)]
+        linear.ragged_linear(x, weight, None, runs, "none", False, config=config)
+        linear.ragged_dgrad(dy, weight, runs, config=config)
+        linear.ragged_wgrad_into(dy, x, runs, weight, True, config=config)
+        linear.ragged_bias_grad_into(dy, runs, weight[0], True)
     return {name: len(variants) for name, variants in hashes.items()}
 
 
