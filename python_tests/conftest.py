@@ -28,6 +28,25 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--ragged-problems",
+        type=int,
+        default=40,
+        help="how many random ragged batches each test of them sees",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    """Give the tests that ask for ``ragged_runs`` one random ragged batch each."""
+    if "ragged_runs" in metafunc.fixturenames:
+        from support.ragged import random_problems
+
+        count = metafunc.config.getoption("--ragged-problems")
+        ids = [f"problem{index}" for index in range(count)]
+        metafunc.parametrize("ragged_runs", list(random_problems(0, count)), ids=ids)
+
+
 def pytest_collection_modifyitems(items):
     """Mark the tests that run on the GPU where there is one: by fixture or by module constant."""
     for item in items:

@@ -17,6 +17,7 @@ from sorted_kernels.triton.gemm_config import (  # noqa: E402
     GemmConfig,
     choose_config,
     config_supports,
+    decode_config,
 )
 from sorted_kernels.triton.launch import DeviceLimits  # noqa: E402
 from support.triton_numerics import (  # noqa: E402
@@ -196,7 +197,8 @@ def test_large_shapes_get_large_tiles_and_small_ones_fill_the_gpu():
 
     assert (chosen(8192, 8192).block_m, chosen(8192, 8192).block_n) == (128, 256)
     assert chosen(8191, 8191, aligned=False).block_n == 128
-    assert chosen(16, 4096).block_n == 32
+    assert chosen(64, 4096).block_n == 32
+    assert chosen(16, 4096) == decode_config(torch.bfloat16)
 
 
 def test_unsupported_tilings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from sorted_kernels.errors import OptionError
 
@@ -33,6 +34,20 @@ def forced_backend() -> str | None:
             f"SORTED_KERNELS_BACKEND={value!r}; allowed are auto, reference, triton, cuda"
         )
     return value
+
+
+def autotune() -> bool:
+    """Whether GEMM tilings may be measured on the GPU (``SORTED_KERNELS_AUTOTUNE``)."""
+    return _flag("SORTED_KERNELS_AUTOTUNE")
+
+
+def cache_directory() -> Path:
+    """Where measured tilings are kept (``SORTED_KERNELS_CACHE``, else the user's cache folder)."""
+    chosen = os.environ.get("SORTED_KERNELS_CACHE", "").strip()
+    if chosen:
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(home) if home else Path.home() / ".cache") / "sorted_kernels"
 
 
 def without_library() -> bool:

@@ -21,6 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = ("float32", "bfloat16", "float16")
+FUNCTIONS = (
+    "forward", "dgrad", "wgrad", "ragged forward", "ragged dgrad", "ragged wgrad",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def compile_kernels(capability: int, dtypes: tuple[str, ...] = DTYPES) -> list[C
 
 
 def count_variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
-    """How often each matrix kernel is compiled when linear runs with these sizes (N, m, k)."""
+    """How often each kernel is compiled when linear, also ragged, runs with these (N, m, k)."""
     return json.loads(_run_alone("variants", json.dumps(sizes)))
 
 
@@ -92,7 +95,11 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
     memory = SHARED_MEMORY[capability]
     limits = launch.DeviceLimits(1, memory, large_tiles=capability == 90)
     configs = gemm_config.FLOAT_CONFIGS if dtype == torch.float32 else gemm_config.HALF_CONFIGS
+    configs = (*configs, gemm_config.decode_config(dtype))
     weight, bias = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, dtype=dtype)
+
+    def runs(m, k):
+        return [(40, m, k), (24, 48, 32)]
 
     def run(function, config, m, k):
         x, dy = torch.zeros(64, 256, dtype=dtype)[:, :k], torch.zeros(64, 256, dtype=dtype)[:, :m]
@@ -100,8 +107,14 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
             linear.linear(x, weight, bias, m, "gelu", True, config=config)
         elif function == "dgrad":
             linear.linear_dgrad(dy, weight, k, config=config)
-        else:
+        elif function == "wgrad":
             linear.linear_wgrad_into(dy, x, weight[:m, :k], True, config=config)
+        elif function == "ragged forward":
+            linear.ragged_linear(x, weight, bias, runs(m, k), "gelu", True, config=config)
+        elif function == "ragged dgrad":
+            linear.ragged_dgrad(dy, weight, runs(m, k), config=config)
+        else:
+            linear.ragged_wgrad_into(dy, x, runs(m, k), weight, True, config=config)
 
     cases = []
     for config in configs if dtype != torch.float16 else configs[1:2]:
@@ -112,7 +125,7 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
             if dtype == torch.float32 and config is configs[1] and m == 128:
                 fast = dataclasses.replace(config, input_precision="tf32")
                 cases.append((f"forward {tile} tf32", lambda c=fast: run("forward", c, 128, 64)))
-            for function in ("forward", "dgrad", "wgrad"):
+            for function in FUNCTIONS:
                 label = f"{function} {tile} {'odd' if m % 2 else 'aligned'}"
                 cases.append((label, lambda f=function, c=config, m=m, k=k: run(f, c, m, k)))
     return cases
@@ -122,6 +135,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     """Norms at the widths where the tiling changes, column sums, embedding."""
     import torch
 
+    from sorted_kernels.triton import decode as decoding
     from sorted_kernels.triton import embedding, layer_norm, linear, rms_norm
 
     weight = torch.zeros(16384, dtype=dtype)
@@ -132,20 +146,38 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         layer_norm.layer_norm_backward_into(
             x, x, rows, rows, weight, weight[:k], weight[:k], True, True
         )
+        runs = [(1, 1, k), (3, 1, k - 32)]
+        layer_norm.ragged_layer_norm(x, weight, weight, runs, 1e-5)
+        layer_norm.ragged_layer_norm_backward_into(
+            x, x, rows, rows, weight, runs, weight, weight, True, True
+        )
 
     def rms(k):
         x, rows = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1)
         rms_norm.rms_norm(x, weight, 1e-5)
         rms_norm.rms_norm_backward_into(x, x, rows, weight, weight[:k], True)
+        runs = [(1, 1, k), (3, 1, k - 32)]
+        rms_norm.ragged_rms_norm(x, weight, runs, 1e-5)
+        rms_norm.ragged_rms_norm_backward_into(x, x, rows, weight, runs, weight, True)
 
     def sums(k):
         linear.bias_grad_into(torch.zeros(4, k, dtype=dtype), weight[:k], True)
+        linear.ragged_bias_grad_into(torch.zeros(4, k, dtype=dtype), [(4, k, 1)], weight, True)
+
+    def decode(k):
+        x, y = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1024, dtype=dtype)
+        decoding.linear_split(x, weight.view(-1, 1024)[:, :k], weight, y[:, :k], y, 2, "gelu")
 
     def lookup(k):
         indices, table = torch.zeros(4, dtype=torch.int64), weight.view(16, 1024)
         embedding.embedding(indices, table, k)
         embedding.embedding_backward_into(
             torch.zeros(4, k, dtype=dtype), indices, table[:, :k], True
+        )
+        runs = [(1, 1, k), (3, 1, k - 32)]
+        embedding.ragged_embedding(indices, table, runs)
+        embedding.ragged_embedding_backward_into(
+            torch.zeros(4, k, dtype=dtype), indices, runs, table, True
         )
 
     cases = []
@@ -154,6 +186,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         (rms, (64, 8192, 16384)),
         (sums, (63, 64)),
         (lookup, (63, 768)),
+        (decode, (1023, 1024)),
     ):
         for k in widths if dtype != torch.float16 else widths[-1:]:
             cases.append((f"{function.__name__} {k}", lambda f=function, k=k: f(k)))
@@ -247,6 +280,11 @@ def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
         linear.linear(x[:n, :k], weight, None, m, "none", False, config=config)
         linear.linear_dgrad(dy[:n, :m], weight, k, config=config)
         linear.linear_wgrad_into(dy[:n, :m], x[:n, :k], weight[:m, :k], True, config=config)
+        runs = [(n, m, k), (2, 16, 16)] if m % 16 == 0 else [(n, m, k), (1, 2, 2), (3, 1, 1)]
+        linear.ragged_linear(x, weight, None, runs, "none", False, config=config)
+        linear.ragged_dgrad(dy, weight, runs, config=config)
+        linear.ragged_wgrad_into(dy, x, runs, weight, True, config=config)
+        linear.ragged_bias_grad_into(dy, runs, weight[0], True)
     return {name: len(variants) for name, variants in hashes.items()}
 
 

@@ -18,11 +18,12 @@ RECORD = PACKAGE / "promoted.json"
 MANIFEST = PACKAGE / "_build.json"
 """Written by the build: what was compiled, with the digests of the compiled sources."""
 
-_TRITON = ("triton/device.py", "triton/launch.py")
+_TRITON = ("triton/device.py", "triton/launch.py", "triton/row_sizes.py")
 SOURCES: dict[str, tuple[str, ...]] = {
     "linear": (
-        *_TRITON, "triton/linear.py", "triton/gemm.py", "triton/gemm_config.py",
-        "triton/column_sum.py",
+        *_TRITON, "triton/linear.py", "triton/ragged_linear.py", "triton/decode.py",
+        "triton/gemm.py", "triton/epilogue.py", "triton/gemm_config.py", "triton/gemm_launch.py",
+        "triton/autotune.py", "triton/column_sum.py",
     ),
     "layer_norm": (*_TRITON, "triton/layer_norm.py", "triton/norm.py", "triton/column_sum.py"),
     "rms_norm": (*_TRITON, "triton/rms_norm.py", "triton/norm.py", "triton/column_sum.py"),

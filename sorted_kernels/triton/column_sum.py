@@ -18,6 +18,7 @@ _MIN_ROWS_PER_SPLIT = 512
 def _column_sum_kernel(
     src_ptr,
     out_ptr,
+    limits_ptr,
     n_rows,
     n_cols,
     rows_per_split,
@@ -27,17 +28,25 @@ def _column_sum_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Sum one split's rows: ``out[split] (+)= sum``; out (splits, n_cols) is dense."""
+    """Sum one split's rows: ``out[split] (+)= sum``; out (splits, n_cols) is dense.
+
+    With ``limits_ptr`` each column has its own number of leading rows, which never rises.
+    """
     n_cols = known_multiple(n_cols, ALIGNED)
     split = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, n_rows)
+    if limits_ptr is not None:
+        limits = tl.load(limits_ptr + cols, mask=cols < n_cols, other=0)
+        last = tl.minimum(last, tl.load(limits_ptr + tl.program_id(0) * BLOCK_COLS))
     partial = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for start in range(first, last, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         offsets = rows[:, None] * tl.cast(src_stride, tl.int64) + cols[None, :]
         mask = (rows < last)[:, None] & (cols < n_cols)[None, :]
+        if limits_ptr is not None:
+            mask = mask & (rows[:, None] < limits[None, :])
         # Read once and never again: leave L2 to the tensors that are.
         values = tl.load(src_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         partial += values.to(tl.float32)
@@ -48,13 +57,16 @@ def _column_sum_kernel(
     tl.store(out_ptrs, narrow(total, out_ptr), mask=cols < n_cols)
 
 
-def _sum_splits(src: Tensor, out: Tensor, splits: int, rows: int, accumulate: bool) -> None:
+def _sum_splits(
+    src: Tensor, out: Tensor, limits: Tensor | None, splits: int, rows: int, accumulate: bool
+) -> None:
     n_rows, n_cols = src.shape
     launch(
         _column_sum_kernel,
         (triton.cdiv(n_cols, _BLOCK_COLS), splits),
         src,
         out,
+        limits,
         n_rows,
         n_cols,
         rows,
@@ -68,8 +80,12 @@ def _sum_splits(src: Tensor, out: Tensor, splits: int, rows: int, accumulate: bo
     )
 
 
-def column_sum_into(src: Tensor, out: Tensor, accumulate: bool) -> None:
+def column_sum_into(
+    src: Tensor, out: Tensor, accumulate: bool, limits: Tensor | None = None
+) -> None:
     """``out (+)= src.sum(0)``: src (N, m) with unit inner stride, out (m,) dense.
+
+    With ``limits`` (m,), int32 and never rising, column j has ``limits[j]`` rows.
 
     Many rows are first summed in splits, so that a narrow matrix keeps the whole GPU busy.
     """
@@ -80,6 +96,6 @@ def column_sum_into(src: Tensor, out: Tensor, accumulate: bool) -> None:
     splits = triton.cdiv(n_rows, rows)
     if splits > 1:
         partials = torch.empty((splits, n_cols), dtype=torch.float32, device=src.device)
-        _sum_splits(src, partials, splits, rows, accumulate=False)
-        src, rows = partials, splits
-    _sum_splits(src, out, 1, rows, accumulate)
+        _sum_splits(src, partials, limits, splits, rows, accumulate=False)
+        src, rows, limits = partials, splits, None
+    _sum_splits(src, out, limits, 1, rows, accumulate)

@@ -21,6 +21,16 @@ def known_multiple(size, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def within_widths(widths_ptr, rows, n_rows, cols, features, mask, ALIGNED: tl.constexpr):
+    """Width of each row, and the part of ``mask`` that is within it; all of it without widths."""
+    widths = features
+    if widths_ptr is not None:
+        widths = known_multiple(tl.load(widths_ptr + rows, mask=rows < n_rows, other=16), ALIGNED)
+        mask = mask & (cols[None, :] < widths[:, None])
+    return widths, mask
+
+
+@triton.jit
 def multiply_add(acc, a, b, PRECISION: tl.constexpr):
     """``acc + a @ b``, acc in float32."""
     if _INTERPRETED:

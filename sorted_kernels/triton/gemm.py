@@ -60,15 +60,55 @@ def _operand(
 
 
 @triton.jit
-def _load(ptrs, outer_mask, reduction_mask, MASK_OUTER: tl.constexpr, MASK_REDUCTION: tl.constexpr):
-    if MASK_OUTER and MASK_REDUCTION:
-        tile = tl.load(ptrs, mask=outer_mask & reduction_mask, other=0.0)
-    elif MASK_OUTER:
-        tile = tl.load(ptrs, mask=outer_mask, other=0.0)
-    elif MASK_REDUCTION:
-        tile = tl.load(ptrs, mask=reduction_mask, other=0.0)
-    else:
-        tile = tl.load(ptrs)
+def _limits(
+    ptr,
+    start,
+    extent,
+    OUTER_AXIS: tl.constexpr,
+    INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many reduction indices each outer index of a tile has, along the tile's outer axis.
+
+    If sizes are multiples of 16, say so where the compiler looks, so that masks split no vector: an
+    inner operand's limits are features, else the outer index is one and its limits come in groups.
+    """
+    outer = start + tl.arange(0, BLOCK)
+    if ALIGNED and not INNER:
+        outer = outer // 16 * 16
+    limits = tl.load(ptr + outer, mask=outer < extent, other=0)
+    if ALIGNED and INNER:
+        limits = limits // 16 * 16
+    return tl.expand_dims(limits, 1 - OUTER_AXIS)
+
+
+@triton.jit
+def _load(
+    ptrs,
+    outer_mask,
+    places,
+    last,
+    limits,
+    MASK_OUTER: tl.constexpr,
+    MASK_REDUCTION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """An operand's tile at the reduction indices ``places``; zero where it has no element."""
+    LIMITED: tl.constexpr = limits is not None
+    NARROW: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth < 32
+    DROP: tl.constexpr = LIMITED and NARROW and not (ALIGNED or MASK_REDUCTION)
+    mask = places < last if MASK_REDUCTION else None
+    if MASK_OUTER:
+        mask = outer_mask if mask is None else mask & outer_mask
+    if LIMITED and not DROP:
+        mask = places < limits if mask is None else mask & (places < limits)
+    tile = tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)
+    if DROP:
+        # Odd limits in the mask would make the loads one element wide, and less than 4 bytes are
+        # not loaded asynchronously. What lies past the limits is the tensor's own memory: load it,
+        # and put zero in its place.
+        tile = tl.where(places < limits, tile, 0.0)
     return tile
 
 
@@ -79,6 +119,8 @@ def _accumulate(
     b_ptr,
     a_stride,
     b_stride,
+    a_limits_ptr,
+    b_limits_ptr,
     row,
     col,
     rows,
@@ -90,6 +132,7 @@ def _accumulate(
     MASK_A: tl.constexpr,
     MASK_B: tl.constexpr,
     MASK_REDUCTION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,13 +142,68 @@ def _accumulate(
     BLOCK_N: tl.constexpr = acc.shape[1]
     a_ptrs, a_mask, a_step = _operand(a_ptr, a_stride, row, rows, first, 0, A_INNER, BLOCK_M, STEP)
     b_ptrs, b_mask, b_step = _operand(b_ptr, b_stride, col, cols, first, 1, B_INNER, BLOCK_N, STEP)
+    # Loaded here and not once for all loops: most have none, and need the registers.
+    a_limits = None
+    b_limits = None
+    if a_limits_ptr is not None:
+        a_limits = _limits(a_limits_ptr, row, rows, 0, A_INNER, ALIGNED, BLOCK_M)
+    if b_limits_ptr is not None:
+        b_limits = _limits(b_limits_ptr, col, cols, 1, B_INNER, ALIGNED, BLOCK_N)
     for r in tl.range(first, last, STEP, num_stages=STAGES):
-        active = r + tl.arange(0, STEP) < last
-        a = _load(a_ptrs, a_mask, active[None, :], MASK_A, MASK_REDUCTION)
-        b = _load(b_ptrs, b_mask, active[:, None], MASK_B, MASK_REDUCTION)
+        places = r + tl.arange(0, STEP)
+        a = _load(
+            a_ptrs, a_mask, places[None, :], last, a_limits, MASK_A, MASK_REDUCTION, ALIGNED
+        )  # fmt: skip
+        b = _load(
+            b_ptrs, b_mask, places[:, None], last, b_limits, MASK_B, MASK_REDUCTION, ALIGNED
+        )  # fmt: skip
         acc = multiply_add(acc, a, b, PRECISION)
         a_ptrs += a_step
         b_ptrs += b_step
+    return acc
+
+
+@triton.jit
+def _accumulate_steps(
+    acc,
+    a_ptr,
+    b_ptr,
+    a_stride,
+    b_stride,
+    a_limits_ptr,
+    b_limits_ptr,
+    row,
+    col,
+    rows,
+    cols,
+    first,
+    last,
+    A_INNER: tl.constexpr,
+    B_INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The part of the loop that is whole steps of BLOCK_K."""
+    MASK_A: tl.constexpr = not A_INNER
+    MASK_B: tl.constexpr = not B_INNER
+    if ALIGNED or not (MASK_A or MASK_B):
+        acc = _accumulate(
+            acc, a_ptr, b_ptr, a_stride, b_stride, a_limits_ptr, b_limits_ptr, row, col, rows, cols,
+            first, last, A_INNER, B_INNER, MASK_A, MASK_B, False, ALIGNED, BLOCK_K, None, PRECISION,
+        )  # fmt: skip
+    # An odd extent along a dense axis makes masked loads one element wide and keeps them out of
+    # the asynchronous pipeline, so tiles that lie inside run a loop without masks.
+    elif (row + acc.shape[0] <= rows) & (col + acc.shape[1] <= cols):
+        acc = _accumulate(
+            acc, a_ptr, b_ptr, a_stride, b_stride, a_limits_ptr, b_limits_ptr, row, col, rows, cols,
+            first, last, A_INNER, B_INNER, False, False, False, ALIGNED, BLOCK_K, None, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = _accumulate(
+            acc, a_ptr, b_ptr, a_stride, b_stride, a_limits_ptr, b_limits_ptr, row, col, rows, cols,
+            first, last, A_INNER, B_INNER, MASK_A, MASK_B, False, ALIGNED, BLOCK_K, None, PRECISION,
+        )  # fmt: skip
     return acc
 
 
@@ -127,6 +225,8 @@ def multiply_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    a_limits_ptr=None,
+    b_limits_ptr=None,
 ):
     """Tile (BLOCK_M, BLOCK_N) of the product, in float32.
 
@@ -139,7 +239,7 @@ def multiply_tile(
         col: First column of the tile.
         rows: Extent of i.
         cols: Extent of j.
-        reduction: Extent of r.
+        reduction: Extent of r in this tile: what its first row and column have of it.
         A_INNER: Whether r is A's dense axis.
         B_INNER: Whether r is B's dense axis.
         ALIGNED: All extents along dense axes are multiples of 16, and the compiler knows.
@@ -147,33 +247,40 @@ def multiply_tile(
         BLOCK_N: Columns of the tile.
         BLOCK_K: Reduction indices loaded at once.
         PRECISION: ``input_precision`` of the product.
+        a_limits_ptr: (rows,) int32, the extent of r for each i, never rising; what A holds past it
+            counts as zero. None if A is whole.
+        b_limits_ptr: (cols,) int32, the same for each j and B.
     """
-    MASK_A: tl.constexpr = not A_INNER
-    MASK_B: tl.constexpr = not B_INNER
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     whole = reduction // BLOCK_K * BLOCK_K
-    if ALIGNED or not (MASK_A or MASK_B):
-        acc = _accumulate(
-            acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, 0, whole,
-            A_INNER, B_INNER, MASK_A, MASK_B, False, BLOCK_K, None, PRECISION,
-        )  # fmt: skip
-    # An odd extent along a dense axis makes masked loads one element wide and keeps them out of
-    # the asynchronous pipeline, so tiles that lie inside run a loop without masks.
-    elif (row + BLOCK_M <= rows) & (col + BLOCK_N <= cols):
-        acc = _accumulate(
-            acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, 0, whole,
-            A_INNER, B_INNER, False, False, False, BLOCK_K, None, PRECISION,
-        )  # fmt: skip
-    else:
-        acc = _accumulate(
-            acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, 0, whole,
-            A_INNER, B_INNER, MASK_A, MASK_B, False, BLOCK_K, None, PRECISION,
+    shared = reduction
+    if a_limits_ptr is not None:
+        last_row = tl.minimum(row + BLOCK_M, rows) - 1
+        shared = tl.minimum(shared, tl.load(a_limits_ptr + last_row))
+    if b_limits_ptr is not None:
+        last_col = tl.minimum(col + BLOCK_N, cols) - 1
+        shared = tl.minimum(shared, tl.load(b_limits_ptr + last_col))
+    # What the whole tile has takes no limits: for most tiles of a ragged batch that is all.
+    shared = shared // BLOCK_K * BLOCK_K
+    acc = _accumulate_steps(
+        acc, a_ptr, b_ptr, a_stride, b_stride, None, None, row, col, rows, cols,
+        0, shared, A_INNER, B_INNER, ALIGNED, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    LIMITED: tl.constexpr = a_limits_ptr is not None or b_limits_ptr is not None
+    SHORT: tl.constexpr = LIMITED and BLOCK_K == 16
+    if SHORT:
+        whole = shared  # the last loop has steps as long as these
+    elif LIMITED:
+        acc = _accumulate_steps(
+            acc, a_ptr, b_ptr, a_stride, b_stride, a_limits_ptr, b_limits_ptr, row, col, rows, cols,
+            shared, whole, A_INNER, B_INNER, ALIGNED, BLOCK_K, PRECISION,
         )  # fmt: skip
     # What is left is less than BLOCK_K. Short steps: their loads may be one element wide, and a
     # thread would need many registers for the addresses of a long one.
     return _accumulate(
-        acc, a_ptr, b_ptr, a_stride, b_stride, row, col, rows, cols, whole, reduction,
-        A_INNER, B_INNER, MASK_A, MASK_B, True, 16, 1, PRECISION,
+        acc, a_ptr, b_ptr, a_stride, b_stride, a_limits_ptr, b_limits_ptr, row, col, rows, cols,
+        whole, reduction, A_INNER, B_INNER, not A_INNER, not B_INNER, True, ALIGNED,
+        16, None if SHORT else 1, PRECISION,
     )  # fmt: skip
 
 

@@ -39,19 +39,26 @@ class GemmConfig:
 
 # Largest tile first: it reads each operand the fewest times. All have at least 64 rows, since
 # wgmma multiplies 64 rows at a time; the narrow ones spread a short batch over all
-# multiprocessors, where only the bytes of the weight count.
+# multiprocessors, where only the bytes of the weight count. The decode tile multiplies 16 rows at a
+# time, with mma.sync.
 HALF_CONFIGS = (
     GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
     GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
     GemmConfig(64, 64, 64, num_warps=4, num_stages=4),
     GemmConfig(64, 32, 128, num_warps=4, num_stages=4),
 )
+HALF_DECODE_CONFIG = GemmConfig(16, 64, 128, num_warps=4, num_stages=4)
 # float32 at full precision has no tensor-core instruction: FMA, where registers are the limit.
 FLOAT_CONFIGS = (
     GemmConfig(128, 64, 16, num_warps=8, num_stages=3),
     GemmConfig(64, 64, 16, num_warps=4, num_stages=3),
     GemmConfig(32, 32, 32, num_warps=4, num_stages=3),
 )
+FLOAT_DECODE_CONFIG = GemmConfig(16, 64, 32, num_warps=4, num_stages=3)
+
+DECODE_ROWS = 16
+"""Outputs of at most this many rows have a tiling of their own: a larger tile would multiply
+padding, and a small one leaves shared memory for more of the weight to be under way."""
 
 
 def config_supports(
@@ -74,6 +81,27 @@ def config_supports(
     return powers_of_two and fits_registers and fits_memory
 
 
+def size_bucket(size: int) -> int:
+    """The power of two at or above a size: all that a tiling depends on."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def decode_config(dtype: torch.dtype) -> GemmConfig:
+    """The tiling of outputs of at most :data:`DECODE_ROWS` rows."""
+    return FLOAT_DECODE_CONFIG if dtype == torch.float32 else HALF_DECODE_CONFIG
+
+
+@functools.cache
+def supported_configs(
+    rows: int, dtype: torch.dtype, limits: DeviceLimits, aligned: bool
+) -> tuple[GemmConfig, ...]:
+    """The tilings that an output of so many rows may have on a device, the best guess first."""
+    configs = FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS
+    if rows <= DECODE_ROWS:
+        configs = (decode_config(dtype), *configs[-2:])
+    return tuple(config for config in configs if config_supports(config, dtype, limits, aligned))
+
+
 def choose_config(
     rows: int, cols: int, dtype: torch.dtype, limits: DeviceLimits, aligned: bool
 ) -> GemmConfig:
@@ -81,16 +109,16 @@ def choose_config(
 
     Sizes count as the power of two above them, so a shape's bucket decides, not its exact size.
     """
-    return _choose(rows.bit_length(), cols.bit_length(), dtype, limits, aligned)
+    return _choose(size_bucket(rows), size_bucket(cols), dtype, limits, aligned)
 
 
 @functools.cache
 def _choose(
-    rows_bits: int, cols_bits: int, dtype: torch.dtype, limits: DeviceLimits, aligned: bool
+    rows: int, cols: int, dtype: torch.dtype, limits: DeviceLimits, aligned: bool
 ) -> GemmConfig:
-    configs = FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS
-    supported = [config for config in configs if config_supports(config, dtype, limits, aligned)]
-    rows, cols = 1 << rows_bits, 1 << cols_bits
+    supported = supported_configs(rows, dtype, limits, aligned)
+    if rows <= DECODE_ROWS:
+        return supported[0]
     for config in supported:
         tiles = -(-rows // config.block_m) * -(-cols // config.block_n)
         if tiles >= limits.multiprocessors:

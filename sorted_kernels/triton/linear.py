@@ -15,10 +15,19 @@ from torch import Tensor
 
 from sorted_kernels.reference.linear import activate, activation_backward
 from sorted_kernels.triton.column_sum import column_sum_into
+from sorted_kernels.triton.decode import choose_splits, linear_split
 from sorted_kernels.triton.device import known_multiple, narrow
+from sorted_kernels.triton.epilogue import store_activated
 from sorted_kernels.triton.gemm import multiply_tile, output_tile, tile_origin
-from sorted_kernels.triton.gemm_config import GemmConfig, choose_config
-from sorted_kernels.triton.launch import as_rows, device_limits, is_aligned, launch
+from sorted_kernels.triton.gemm_config import GemmConfig
+from sorted_kernels.triton.gemm_launch import launch_gemm, like_strided
+from sorted_kernels.triton.launch import as_rows, is_aligned
+from sorted_kernels.triton.ragged_linear import (
+    ragged_bias_grad_into,
+    ragged_dgrad,
+    ragged_linear,
+    ragged_wgrad_into,
+)
 
 __all__ = [
     "activate",
@@ -27,33 +36,13 @@ __all__ = [
     "linear",
     "linear_dgrad",
     "linear_wgrad_into",
+    "ragged_bias_grad_into",
+    "ragged_dgrad",
+    "ragged_linear",
+    "ragged_wgrad_into",
 ]
 
 _SIZES = ["n_rows", "out_features", "in_features"]
-
-
-@triton.jit
-def _activation(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        # Not tl.maximum, which would turn NaN into 0; torch keeps it.
-        z = tl.where(z < 0, 0.0, z)
-    elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        z = z * tl.sigmoid(z)
-    return z
-
-
-@triton.jit
-def _store_activated(z, bias_ptr, y_ptr, z_ptr, row, col, n_rows, m, ACTIVATION: tl.constexpr):
-    """The epilogue of a tile z, whose first element is at (row, col) of the output (N, m)."""
-    j = col + tl.arange(0, z.shape[1])
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + j, mask=j < m, other=0.0).to(tl.float32)[None, :]
-    offsets, mask = output_tile(m, row, col, n_rows, m, z.shape[0], z.shape[1])
-    if z_ptr is not None:
-        tl.store(z_ptr + offsets, narrow(z, z_ptr), mask=mask)
-    tl.store(y_ptr + offsets, narrow(_activation(z, ACTIVATION), y_ptr), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -84,11 +73,7 @@ def _linear_kernel(
         x_ptr, weight_ptr, x_stride, weight_stride, row, col, n_rows, m, k,
         True, True, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    # Half a tile at a time: erf and a second output would not fit the registers beside a whole one.
-    half: tl.constexpr = BLOCK_N // 2
-    left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, half)), (0, 2, 1)))
-    _store_activated(left, bias_ptr, y_ptr, z_ptr, row, col, n_rows, m, ACTIVATION)
-    _store_activated(right, bias_ptr, y_ptr, z_ptr, row, col + half, n_rows, m, ACTIVATION)
+    store_activated(z, bias_ptr, y_ptr, z_ptr, None, row, col, n_rows, m, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -153,39 +138,6 @@ def _linear_wgrad_kernel(
     tl.store(out_ptr + offsets, narrow(total, out_ptr), mask=mask)
 
 
-def _launch_gemm(
-    kernel,
-    args: tuple,
-    output: tuple[int, int],
-    like: Tensor,
-    config: GemmConfig | None,
-    aligned: bool,
-    **meta,
-) -> None:
-    """Launch one program for each tile of an output of the given shape."""
-    rows, cols = output
-    if config is None:
-        config = choose_config(rows, cols, like.dtype, device_limits(like.device), aligned)
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
-    if tiles == 0:
-        return
-    launch(
-        kernel,
-        (tiles,),
-        *args,
-        device=like.device,
-        ALIGNED=aligned,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        PRECISION=config.input_precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **meta,
-    )
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -218,10 +170,14 @@ def linear(
         rows, weight, bias, y, z, rows.shape[0], out_features, in_features,
         rows.stride(0), weight.stride(0),
     )  # fmt: skip
-    _launch_gemm(
-        _linear_kernel, args, (rows.shape[0], out_features), x, config,
-        is_aligned(out_features, in_features), ACTIVATION=activation,
-    )  # fmt: skip
+    splits = 1 if config is not None else choose_splits(rows.shape[0], out_features, in_features, x)
+    if splits > 1:
+        linear_split(rows, weight, bias, y, z, splits, activation)
+    else:
+        launch_gemm(
+            _linear_kernel, args, (rows.shape[0], out_features), in_features, x, config,
+            is_aligned(out_features, in_features), ACTIVATION=activation,
+        )  # fmt: skip
     return y, x.new_empty(0) if z is None else z
 
 
@@ -235,8 +191,8 @@ def linear_dgrad(
         rows, weight, dx, rows.shape[0], out_features, in_features,
         rows.stride(0), weight.stride(0),
     )  # fmt: skip
-    _launch_gemm(
-        _linear_dgrad_kernel, args, (rows.shape[0], in_features), dy, config,
+    launch_gemm(
+        _linear_dgrad_kernel, args, (rows.shape[0], in_features), out_features, dy, config,
         is_aligned(out_features, in_features),
     )  # fmt: skip
     return dx
@@ -248,13 +204,17 @@ def linear_wgrad_into(
     """``out (+)= dy.T @ x``: dy (N, m), x (N, k), out (m, k), a view with unit inner stride."""
     dy, x = as_rows(dy), as_rows(x)
     out_features, in_features = out.shape
-    args = (
-        dy, x, out, dy.shape[0], out_features, in_features,
-        dy.stride(0), x.stride(0), out.stride(0),
-    )  # fmt: skip
-    _launch_gemm(
-        _linear_wgrad_kernel, args, (out_features, in_features), dy, config,
-        is_aligned(out_features, in_features), ACCUMULATE=accumulate,
+
+    def args(out: Tensor) -> tuple:
+        return (
+            dy, x, out, dy.shape[0], out_features, in_features,
+            dy.stride(0), x.stride(0), out.stride(0),
+        )  # fmt: skip
+
+    launch_gemm(
+        _linear_wgrad_kernel, args(out), (out_features, in_features), dy.shape[0], dy, config,
+        is_aligned(out_features, in_features), rehearsal=lambda: args(like_strided(out)),
+        ACCUMULATE=accumulate,
     )  # fmt: skip
 
 

@@ -15,15 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sorted_kernels.triton.column_sum import column_sum_into
-from sorted_kernels.triton.device import known_multiple, narrow
+from sorted_kernels.triton.device import known_multiple, narrow, within_widths
 from sorted_kernels.triton.launch import as_rows, device_limits, is_aligned, launch
+from sorted_kernels.triton.row_sizes import RowSizes
 
 MAX_FEATURES = 16384
 """Longest row that fits the registers of one block."""
 
 _MAX_FUSED_FEATURES = {True: 8192, False: 4096}
-"""Longest row, aligned or not, whose gradients and sums of gradients fit there too: a thread with
-one-element loads needs registers for many addresses."""
+"""Longest row whose gradients and sums of gradients fit there too, if all rows are aligned and of
+one width, or not: one-element loads need registers for many addresses, and widths take some."""
 
 _SPLIT_COLS, _WIDE_COLS = 2048, 4096
 
@@ -53,6 +54,7 @@ def _norm_kernel(
     y_ptr,
     mean_ptr,
     rstd_ptr,
+    widths_ptr,
     n_rows,
     features,
     x_stride,
@@ -67,15 +69,16 @@ def _norm_kernel(
     cols = tl.arange(0, BLOCK_COLS)
     in_row = cols < features
     mask = (rows < n_rows)[:, None] & in_row[None, :]
+    widths, active = within_widths(widths_ptr, rows, n_rows, cols, features, mask, ALIGNED)
     wide_rows = rows.to(tl.int64)[:, None]
-    x = tl.load((x_ptr + wide_rows * x_stride) + cols[None, :], mask=mask, other=0.0)
+    x = tl.load((x_ptr + wide_rows * x_stride) + cols[None, :], mask=active, other=0.0)
     x = x.to(tl.float32)
     if mean_ptr is not None:
-        mean = tl.sum(x, axis=1) / features
+        mean = tl.sum(x, axis=1) / widths
         tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
         # The second pass is over registers, so the variance is the accurate two-pass one.
-        x = tl.where(mask, x - mean[:, None], 0.0)
-    variance = tl.sum(x * x, axis=1) / features
+        x = tl.where(active, x - mean[:, None], 0.0)
+    variance = tl.sum(x * x, axis=1) / widths
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     y = x * rstd[:, None]
@@ -85,6 +88,8 @@ def _norm_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
         y += bias[None, :]
+    if widths_ptr is not None:
+        y = tl.where(active, y, 0.0)
     y_ptrs = (y_ptr + wide_rows * features) + cols[None, :]
     tl.store(y_ptrs, narrow(y, y_ptr), mask=mask)
 
@@ -99,6 +104,7 @@ def _norm_backward_kernel(
     dx_ptr,
     weight_partial_ptr,
     bias_partial_ptr,
+    widths_ptr,
     n_rows,
     features,
     dy_stride,
@@ -120,18 +126,18 @@ def _norm_backward_kernel(
     step = tl.num_programs(0) * BLOCK_ROWS
     for start in range(tl.program_id(0) * BLOCK_ROWS, n_rows, step):
         rows = start + tl.arange(0, BLOCK_ROWS)
-        active = rows < n_rows
-        mask = active[:, None] & in_row[None, :]
+        mask = (rows < n_rows)[:, None] & in_row[None, :]
+        widths, active = within_widths(widths_ptr, rows, n_rows, cols, features, mask, ALIGNED)
         wide_rows = rows.to(tl.int64)[:, None]
         # The last use of both: leave L2 to dx, which the next kernel reads.
         dy_ptrs = (dy_ptr + wide_rows * dy_stride) + cols[None, :]
-        dy = tl.load(dy_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = tl.load(dy_ptrs, mask=active, other=0.0, eviction_policy="evict_first").to(tl.float32)
         x_ptrs = (x_ptr + wide_rows * x_stride) + cols[None, :]
-        x = tl.load(x_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
-        rstd = tl.load(rstd_ptr + rows, mask=active, other=0.0)[:, None]
+        x = tl.load(x_ptrs, mask=active, other=0.0, eviction_policy="evict_first")
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         normed = x.to(tl.float32)
         if mean_ptr is not None:
-            normed -= tl.load(mean_ptr + rows, mask=active, other=0.0)[:, None]
+            normed -= tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         # Not zero outside the mask, where dy is: no sum below sees it.
         normed *= rstd
         if weight_partial_ptr is not None:
@@ -143,10 +149,12 @@ def _norm_backward_kernel(
                 # Read again for every row, from L1 or L2: registers are scarcer than loads.
                 weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
                 dy *= weight[None, :]
-            slope = tl.sum(dy * normed, axis=1) / features
+            slope = tl.sum(dy * normed, axis=1) / widths
             if mean_ptr is not None:
-                dy -= (tl.sum(dy, axis=1) / features)[:, None]
+                dy -= (tl.sum(dy, axis=1) / widths)[:, None]
             dx = dy - normed * slope[:, None]
+            if widths_ptr is not None:
+                dx = tl.where(active, dx, 0.0)
             dx_ptrs = (dx_ptr + wide_rows * features) + cols[None, :]
             tl.store(dx_ptrs, narrow(dx * rstd, dx_ptr), mask=mask)
     partial = tl.program_id(0) * tl.cast(features, tl.int64) + cols
@@ -175,6 +183,7 @@ def _norm_dx_wide_kernel(
     rstd_ptr,
     weight_ptr,
     dx_ptr,
+    widths_ptr,
     features,
     dy_stride,
     x_stride,
@@ -185,37 +194,50 @@ def _norm_dx_wide_kernel(
     features = known_multiple(features, ALIGNED)
     row = tl.program_id(0).to(tl.int64)
     rstd = tl.load(rstd_ptr + row)
+    width = features
+    if widths_ptr is not None:
+        width = known_multiple(tl.load(widths_ptr + row), ALIGNED)
     mean = 0.0
     if mean_ptr is not None:
         mean = tl.load(mean_ptr + row)
     plain_sum = tl.zeros((BLOCK_COLS,), tl.float32)
     normed_sum = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, features, BLOCK_COLS):
+    for start in range(0, width, BLOCK_COLS):
         dy, normed, _ = _wide_block(
             dy_ptr + row * dy_stride, x_ptr + row * x_stride, weight_ptr, mean, rstd,
-            start, features, BLOCK_COLS,
+            start, width, BLOCK_COLS,
         )  # fmt: skip
         plain_sum += dy
         normed_sum += dy * normed
     shift = 0.0
     if mean_ptr is not None:
-        shift = tl.sum(plain_sum, axis=0) / features
-    slope = tl.sum(normed_sum, axis=0) / features
+        shift = tl.sum(plain_sum, axis=0) / width
+    slope = tl.sum(normed_sum, axis=0) / width
     for start in range(0, features, BLOCK_COLS):
         dy, normed, cols = _wide_block(
             dy_ptr + row * dy_stride, x_ptr + row * x_stride, weight_ptr, mean, rstd,
-            start, features, BLOCK_COLS,
+            start, width, BLOCK_COLS,
         )  # fmt: skip
         dx = (dy - shift - normed * slope) * rstd
+        if widths_ptr is not None:
+            dx = tl.where(cols < width, dx, 0.0)
         tl.store(dx_ptr + row * features + cols, narrow(dx, dx_ptr), mask=cols < features)
 
 
 def norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    sizes: RowSizes | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return y (..., k), mean (..., 1) or None, rstd (..., 1); k at most :data:`MAX_FEATURES`."""
-    rows, features = as_rows(x), x.shape[-1]
-    y = x.new_empty(x.shape)
+    """Return y (..., k), mean (..., 1) or None, rstd (..., 1); k at most :data:`MAX_FEATURES`.
+
+    With ``sizes`` row r of x (N, >= k) has a width of its own, past which y is zero.
+    """
+    rows, features = as_rows(x), x.shape[-1] if sizes is None else sizes.in_features
+    y = x.new_empty((*x.shape[:-1], features))
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     mean = torch.empty_like(rstd) if centred else None
     config = choose_norm_config(features)
@@ -223,11 +245,16 @@ def norm_forward(
         launch(
             _norm_kernel,
             (triton.cdiv(rows.shape[0], config.block_rows),),
-            rows, weight, bias, y, mean, rstd, rows.shape[0], features, rows.stride(0), eps,
-            device=x.device, ALIGNED=is_aligned(features),
+            rows, weight, bias, y, mean, rstd, None if sizes is None else sizes.row_in,
+            rows.shape[0], features, rows.stride(0), eps,
+            device=x.device, ALIGNED=_aligned(features, sizes),
             BLOCK_ROWS=config.block_rows, BLOCK_COLS=config.block_cols, num_warps=config.num_warps,
         )  # fmt: skip
     return y, mean, rstd
+
+
+def _aligned(features: int, sizes: RowSizes | None) -> bool:
+    return is_aligned(features) if sizes is None else sizes.in_aligned
 
 
 def _launch_backward(
@@ -236,23 +263,26 @@ def _launch_backward(
     strides: tuple[int, int],
     dx: Tensor | None,
     partials: list[Tensor | None],
+    sizes: RowSizes | None,
     programs: int,
     device: torch.device,
 ) -> None:
     """Launch what is wanted: one kernel, or for long rows one for dx and one for the sums."""
-    (n_rows, features), aligned = shape, is_aligned(shape[1])
+    (n_rows, features), aligned = shape, _aligned(shape[1], sizes)
+    widths = None if sizes is None else sizes.row_in
     wants_sums = any(partial is not None for partial in partials)
-    if dx is not None and features > _MAX_FUSED_FEATURES[aligned]:
+    if dx is not None and features > _MAX_FUSED_FEATURES[aligned and widths is None]:
+        block_cols = _WIDE_COLS if widths is None else _WIDE_COLS // 2
         launch(
-            _norm_dx_wide_kernel, (n_rows,), *tensors, dx, features, *strides,
-            device=device, ALIGNED=aligned, BLOCK_COLS=_WIDE_COLS, num_warps=8,
+            _norm_dx_wide_kernel, (n_rows,), *tensors, dx, widths, features, *strides,
+            device=device, ALIGNED=aligned, BLOCK_COLS=block_cols, num_warps=8,
         )  # fmt: skip
         dx = None
     if dx is not None or wants_sums:
         config = choose_norm_config(features if dx is not None else min(features, _SPLIT_COLS))
         launch(
             _norm_backward_kernel, (programs, triton.cdiv(features, config.block_cols)),
-            *tensors, dx, *partials, n_rows, features, *strides,
+            *tensors, dx, *partials, widths, n_rows, features, *strides,
             device=device, ALIGNED=aligned, BLOCK_ROWS=config.block_rows,
             BLOCK_COLS=config.block_cols, num_warps=config.num_warps,
         )  # fmt: skip
@@ -267,6 +297,7 @@ def norm_backward(
     outs: tuple[Tensor | None, Tensor | None],
     accumulate: tuple[bool, bool],
     need_dx: bool,
+    sizes: RowSizes | None = None,
 ) -> Tensor | None:
     """Input gradient, if needed; weight and bias gradients into ``outs`` where given.
 
@@ -279,10 +310,13 @@ def norm_backward(
         outs: Views (k,) of the gradients of weight and bias, each or None.
         accumulate: For each of ``outs``, whether to add.
         need_dx: Whether the input gradient is wanted.
+        sizes: Of a ragged batch: dy and x are (N, >= k), and so are ``outs``, of which the first k
+            are written.
     """
-    dy_rows, rows, features = as_rows(dy), as_rows(x), x.shape[-1]
+    dy_rows, rows = as_rows(dy), as_rows(x)
+    features = x.shape[-1] if sizes is None else sizes.in_features
     n_rows = rows.shape[0]
-    dx = x.new_empty(x.shape) if need_dx else None
+    dx = x.new_empty((*x.shape[:-1], features)) if need_dx else None
     row_blocks = triton.cdiv(n_rows, choose_norm_config(features).block_rows)
     programs = min(2 * device_limits(x.device).multiprocessors, row_blocks)
     partials = [
@@ -295,10 +329,11 @@ def norm_backward(
             (dy_rows.stride(0), rows.stride(0)),
             dx,
             partials,
+            sizes,
             programs,
             x.device,
         )
     for out, partial, add in zip(outs, partials, accumulate, strict=True):
         if out is not None and partial is not None:
-            column_sum_into(partial, out, add)
+            column_sum_into(partial, out[:features], add)
     return dx

@@ -1,0 +1,56 @@
+"""Device functions of a linear's epilogue: bias, activation, and what a row does not have."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sorted_kernels.triton.device import narrow
+from sorted_kernels.triton.gemm import output_tile
+
+
+@triton.jit
+def _activation(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        # Not tl.maximum, which would turn NaN into 0; torch keeps it.
+        z = tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def _store_activated(
+    z, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION: tl.constexpr
+):
+    """The epilogue of a tile z, whose first element is at (row, col) of the output (N, m).
+
+    With ``widths_ptr`` each row has its own width, past which it is zero.
+    """
+    j = col + tl.arange(0, z.shape[1])
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + j, mask=j < m, other=0.0).to(tl.float32)[None, :]
+    if widths_ptr is not None:
+        i = row + tl.arange(0, z.shape[0])
+        widths = tl.load(widths_ptr + i, mask=i < n_rows, other=0)
+        z = tl.where(j[None, :] < widths[:, None], z, 0.0)  # all activations keep 0
+    offsets, mask = output_tile(m, row, col, n_rows, m, z.shape[0], z.shape[1])
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, narrow(z, z_ptr), mask=mask)
+    tl.store(y_ptr + offsets, narrow(_activation(z, ACTIVATION), y_ptr), mask=mask)
+
+
+@triton.jit
+def store_activated(
+    z, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION: tl.constexpr
+):
+    """Store a whole tile z; see :func:`_store_activated`."""
+    # Half a tile at a time: erf and a second output would not fit the registers beside a whole one.
+    half: tl.constexpr = z.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, half)), (0, 2, 1)))
+    _store_activated(left, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION)
+    _store_activated(
+        right, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col + half, n_rows, m, ACTIVATION
+    )
