@@ -22,6 +22,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import sorted_kernels as sk  # noqa: E402
 from bench.harness import relative_difference  # noqa: E402
+from sorted_kernels.cuda import linear as cuda_linear  # noqa: E402
 
 ROWS, FEATURES, ACTIVE, TABLE = 37, 75, 53, 29
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # float32: tf32 products are allowed
@@ -76,6 +77,50 @@ def exercise(name: str, dtype: torch.dtype, optimizer: str, device: torch.device
     return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
 
 
+def report(label: str, difference: float, tolerance: float = 3e-2) -> bool:
+    """Print what became of one; whether it was wrong."""
+    wrong = not difference <= tolerance
+    verdict = "WRONG" if wrong else "right"
+    print(f"{label}: {verdict} (off by {difference:.1e})", flush=True)
+    return wrong
+
+
+RAGGED = ((20, 75, 70), (10, 53, 70), (6, 53, 9), (1, 1, 1))
+
+
+def exercise_gemm(mode: str, runs: tuple[tuple[int, int, int], ...], device: torch.device) -> float:
+    """Largest difference of the compiled GEMM's result from the sum of its runs' in float64."""
+    generator = torch.Generator().manual_seed(3)
+    rows, (_, m, k) = sum(run[0] for run in runs), runs[0]
+    shapes = {"x": (rows, k), "weight": (m, k), "dy": (rows, m)}
+    values = {
+        name: torch.randn(count, -(-width // 8) * 8, generator=generator).bfloat16()[:, :width]
+        for name, (count, width) in shapes.items()
+    }
+    here = {name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=device).copy_(v)
+            for name, v in values.items()}  # fmt: skip
+    x, weight, dy = (values[name].double() for name in shapes)
+    right = torch.zeros({"forward": (rows, m), "dgrad": (rows, k), "wgrad": (m, k)}[mode]).double()
+    begin = 0
+    for count, out, into in runs:
+        part = slice(begin, begin + count)
+        begin += count
+        if mode == "forward":
+            right[part, :out] = x[part, :into] @ weight[:out, :into].T
+        elif mode == "dgrad":
+            right[part, :into] = dy[part, :out] @ weight[:out, :into]
+        else:
+            right[:out, :into] += dy[part, :out].T @ x[part, :into]
+    if mode == "forward":
+        ours, _ = cuda_linear.ragged_linear(here["x"], here["weight"], None, runs, "none", False)
+    elif mode == "dgrad":
+        ours = cuda_linear.ragged_dgrad(here["dy"], here["weight"], runs)
+    else:
+        ours = torch.zeros(m, k, device=device)
+        cuda_linear.ragged_wgrad_into(here["dy"], here["x"], runs, ours, True)
+    return relative_difference(ours.cpu(), right)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exercise everything; 0 if all results are right."""
     parser = argparse.ArgumentParser(prog="python -m bench.exercise_kernels", description=__doc__)
@@ -86,11 +131,12 @@ def main(arguments: list[str] | None = None) -> int:
         for name in LAYERS:
             for optimizer in OPTIMIZERS:
                 difference = exercise(name, dtype, optimizer, device)
-                wrong = not difference <= tolerance
-                failures += wrong
-                verdict = "WRONG" if wrong else "right"
                 label = f"{name}, {optimizer}, {str(dtype).removeprefix('torch.')}"
-                print(f"{label}: {verdict} (off by {difference:.1e})", flush=True)
+                failures += report(label, difference, tolerance)
+    gemm_runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    for mode in ("forward", "dgrad", "wgrad") if gemm_runs else ():
+        for label, runs in {"uniform": ((37, 75, 53),), "ragged": RAGGED}.items():
+            failures += report(f"compiled gemm, {mode}, {label}", exercise_gemm(mode, runs, device))
     return 1 if failures else 0
 
 

@@ -6,6 +6,7 @@ Sources: ``csrc/kernels/gemm_sm90.cuh`` (the kernel), ``csrc/host/gemm_schedule.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,13 +72,10 @@ def plan(mode: str, runs: Runs, processors: int) -> Any:
         DependencyError: The planning code was not compiled.
     """
     try:
-        from sorted_kernels import _host
+        host = importlib.import_module("sorted_kernels._host")
     except ImportError as error:
-        raise DependencyError(
-            "sorted_kernels._host was not compiled; reinstall with g++"
-        ) from error
-    choice = _host.choose_tiles(mode, runs, processors)
-    return _host.schedule_gemm(mode, runs, choice)
+        raise DependencyError("sorted_kernels._host was not compiled; g++ is needed") from error
+    return host.schedule_gemm(mode, runs, host.choose_tiles(mode, runs, processors))
 
 
 @functools.lru_cache(maxsize=256)

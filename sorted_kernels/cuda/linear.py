@@ -138,7 +138,7 @@ def ragged_linear(
 
 
 def ragged_dgrad(dy: Tensor, weight: Tensor, runs: Sequence[tuple[int, int, int]]) -> Tensor:
-    """dy (N, m_max), weight (M, K) -> dx (N, k_max), zero past each row's size."""
+    """Return dx (N, k_max), zero past each row's size, from dy (N, m_max) and weight (M, K)."""
     return _dgrad(dy, weight, _runs(runs))
 
 
