@@ -15,12 +15,14 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import sorted_kernels as sk
 from bench.harness import relative_difference
+from sorted_kernels.cuda import linear as cuda_linear
 from sorted_kernels.ops import backend, optimizer
 
 ROWS, FEATURES, ACTIVE, TABLE = 37, 75, 53, 29
@@ -76,13 +78,49 @@ def exercise(name: str, dtype: torch.dtype, optimizer: str, device: torch.device
     return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
 
 
-def _verdict(name: str, dtype: torch.dtype, stepper: str, device: torch.device) -> str:
+def _verdict(measure: Callable[[], float], tolerance: float) -> str:
     """How one exercise ended, ``right`` first if all was well; an error leaves the others alone."""
     try:
-        difference = exercise(name, dtype, stepper, device)
+        difference = measure()
     except Exception as error:  # a compiler's errors have no common class
         return f"FAILED: {type(error).__name__}: {error}"
-    return f"{'right' if difference <= TOLERANCES[dtype] else 'WRONG'} (off by {difference:.1e})"
+    return f"{'right' if difference <= tolerance else 'WRONG'} (off by {difference:.1e})"
+
+
+RAGGED = ((20, 75, 70), (10, 53, 70), (6, 53, 9), (1, 1, 1))
+
+
+def exercise_gemm(mode: str, runs: tuple[tuple[int, int, int], ...], device: torch.device) -> float:
+    """Largest difference of the compiled GEMM's result from the sum of its runs' in float64."""
+    generator = torch.Generator().manual_seed(3)
+    rows, (_, m, k) = sum(run[0] for run in runs), runs[0]
+    shapes = {"x": (rows, k), "weight": (m, k), "dy": (rows, m)}
+    values = {
+        name: torch.randn(count, -(-width // 8) * 8, generator=generator).bfloat16()[:, :width]
+        for name, (count, width) in shapes.items()
+    }
+    here = {name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=device).copy_(v)
+            for name, v in values.items()}  # fmt: skip
+    x, weight, dy = (values[name].double() for name in shapes)
+    right = torch.zeros({"forward": (rows, m), "dgrad": (rows, k), "wgrad": (m, k)}[mode]).double()
+    begin = 0
+    for count, out, into in runs:
+        part = slice(begin, begin + count)
+        begin += count
+        if mode == "forward":
+            right[part, :out] = x[part, :into] @ weight[:out, :into].T
+        elif mode == "dgrad":
+            right[part, :into] = dy[part, :out] @ weight[:out, :into]
+        else:
+            right[:out, :into] += dy[part, :out].T @ x[part, :into]
+    if mode == "forward":
+        ours, _ = cuda_linear.ragged_linear(here["x"], here["weight"], None, runs, "none", False)
+    elif mode == "dgrad":
+        ours = cuda_linear.ragged_dgrad(here["dy"], here["weight"], runs)
+    else:
+        ours = torch.zeros(m, k, device=device)
+        cuda_linear.ragged_wgrad_into(here["dy"], here["x"], runs, ours, True)
+    return relative_difference(ours.cpu(), right)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,10 +134,20 @@ def main(arguments: list[str] | None = None) -> int:
     native = optimizer.use_native(device.type)
     print(f"optimizers on {device.type}: {'native' if native else 'reference'}")
     verdicts = []
+
+    def note(label: str, measure: Callable[[], float], tolerance: float) -> None:
+        verdicts.append(_verdict(measure, tolerance))
+        print(f"{label}: {verdicts[-1]}", flush=True)
+
     for dtype, name, stepper in itertools.product(TOLERANCES, LAYERS, OPTIMIZERS):
-        verdicts.append(_verdict(name, dtype, stepper, device))
-        dtype_name = str(dtype).removeprefix("torch.")
-        print(f"{name}, {stepper}, {dtype_name}: {verdicts[-1]}", flush=True)
+        label = f"{name}, {stepper}, {str(dtype).removeprefix('torch.')}"
+        note(label, partial(exercise, name, dtype, stepper, device), TOLERANCES[dtype])
+    gemm_runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    for mode in ("forward", "dgrad", "wgrad") if gemm_runs else ():
+        for label, runs in {"uniform": ((37, 75, 53),), "ragged": RAGGED}.items():
+            note(
+                f"compiled gemm, {mode}, {label}", partial(exercise_gemm, mode, runs, device), 3e-2
+            )
     return 0 if all(verdict.startswith("right") for verdict in verdicts) else 1
 
 

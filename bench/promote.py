@@ -18,6 +18,7 @@ from sorted_kernels.ops import promotion
 
 TESTS = {
     "linear": "test_triton_linear",
+    "cuda_linear": "test_cuda_linear",
     "layer_norm": "test_triton_norm",
     "rms_norm": "test_triton_norm",
     "embedding": "test_triton_embedding",

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "sorted_kernels"
 FLOORS = [
     {"errors", "env", "submodel", "staircase", "row_widths"},
     {"reference"},
-    {"triton"},
+    {"triton", "cuda"},
     {"ops"},
     {"optim", "nn"},
     {"models"},

@@ -1,4 +1,4 @@
-"""The plain-C++ planning code: chunk tables of staircases, tile schedules of GEMMs."""
+"""The plain-C++ planning code: chunk tables of staircases."""
 
 import numpy as np
 import pytest
@@ -86,51 +86,3 @@ def test_invalid_band_is_named(band):
 def test_chunk_size_must_be_positive():
     with pytest.raises(ValueError, match="chunk_elements=0"):
         host.chunk_table([(0, 0, 1, 1)], [1], 0)
-
-
-SIZES = st.integers(1, 700)
-
-
-@settings(max_examples=300, deadline=None)
-@given(SIZES, SIZES, SIZES, st.integers(1, 5), st.sampled_from([(64, 64, 32), (128, 64, 64)]))
-def test_schedule_computes_every_output_over_the_whole_reduction_once(m, n, k, split, tile):
-    tile_m, tile_n, tile_k = tile
-    choice = host.TileChoice(tile_m, tile_n, tile_k, split)
-    tiles = host.tile_schedule(m, n, k, choice)
-    work = np.zeros((m, n), int)
-    parts = {}
-    for m_begin, m_end, n_begin, n_end, k_begin, k_end in tiles:
-        assert 0 < m_end - m_begin <= tile_m and 0 < n_end - n_begin <= tile_n
-        assert k_begin % tile_k == 0 and (k_end == k or k_end % tile_k == 0)
-        work[m_begin:m_end, n_begin:n_end] += k_end - k_begin
-        parts.setdefault((m_begin, n_begin), []).append((k_begin, k_end))
-    assert (work == k).all()
-    for ranges in parts.values():
-        assert len(ranges) <= split
-        ends = [0] + [end for _, end in sorted(ranges)]
-        assert [begin for begin, _ in sorted(ranges)] == ends[:-1] and ends[-1] == k
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 8192), st.integers(1, 8192), st.integers(1, 8192), st.integers(1, 200))
-def test_choice_is_usable_and_splits_only_when_processors_idle(m, n, k, processors):
-    choice = host.choose_tiles(m, n, k, processors)
-    tiles = -(-m // choice.tile_m) * -(-n // choice.tile_n)
-    assert min(choice.tile_m, choice.tile_n, choice.tile_k, choice.split_k) >= 1
-    if choice.split_k > 1:
-        assert tiles % processors != 0  # the last wave of whole tiles would leave some idle
-        assert choice.split_k * choice.tile_k <= k + choice.tile_k
-
-
-def test_large_gemm_takes_the_largest_tile_and_thin_one_splits_the_reduction():
-    assert host.choose_tiles(8192, 8192, 8192, 132).split_k == 1
-    assert host.choose_tiles(8192, 8192, 8192, 132).tile_n == 256
-    assert host.choose_tiles(64, 64, 8192, 132).split_k > 1
-
-
-def test_schedule_and_choice_print():
-    choice = host.TileChoice(128, 64, 64, split_k=2)
-    assert repr(choice) == "TileChoice(tile_m=128, tile_n=64, tile_k=64, split_k=2)"
-    lines = host.format_schedule(200, 64, 100, choice).splitlines()
-    assert lines[0] == "0: y[0:128, 0:64] over k[0:64]"
-    assert lines[-1] == "3: y[128:200, 0:64] over k[64:100]"

@@ -1,30 +1,19 @@
 // CUDA registrations of the staircase optimizers, under private names: Python decides whether a
 // kernel that no GPU run has passed may be used.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 
+#include "bindings/cuda_stream.h"
 #include "bindings/optimizer_call.h"
 #include "kernels/optimizer_launch.h"
-
-// CPU builds of torch lack it, and this library loads there too: weak, so that it may be absent.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
 
 namespace sorted_kernels {
 namespace {
 
 using torch::stable::Tensor;
-
-void* current_stream(int32_t device_index) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA support");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
-  return stream;
-}
 
 // Both tables in one device buffer from torch's caching allocator. It is filled through pinned
 // memory, which torch keeps until the copy is done, so that the host never waits for the stream.

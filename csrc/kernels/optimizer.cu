@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "kernels/multiprocessors.cuh"
 #include "kernels/optimizer_kernel.cuh"
 #include "kernels/optimizer_launch.h"
 
@@ -10,12 +11,6 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 2048 / kThreads;  // a full complement of threads
 constexpr int64_t kMinChunk = 4096;
 constexpr int64_t kMaxChunk = 65536;
-
-int processors(int device) {
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return std::max(count, 1);
-}
 
 // Runs on a generic launcher so that both optimizers share grid and error handling.
 struct Launcher {
@@ -28,7 +23,7 @@ struct Launcher {
 
   template <typename Kernel, typename Rule>
   void operator()(Kernel kernel, const Rule& rule) const {
-    const int64_t resident = int64_t(processors(device)) * kBlocksPerProcessor;
+    const int64_t resident = int64_t(multiprocessors(device)) * kBlocksPerProcessor;
     const unsigned blocks = unsigned(std::min(chunk_count, resident));
     kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(tensors, chunks, chunk_count,
                                                                        rule, clear_grads);
@@ -47,7 +42,7 @@ const char* outcome(bool known_types) {
 
 int64_t cuda_chunk_elements(int64_t elements, int device) {
   // Four chunks for each resident block even out the ragged ends. Powers of two keep alignment.
-  const int64_t target = elements / (int64_t(processors(device)) * kBlocksPerProcessor * 4);
+  const int64_t target = elements / (int64_t(multiprocessors(device)) * kBlocksPerProcessor * 4);
   int64_t chunk = kMinChunk;
   while (chunk < target && chunk < kMaxChunk) {
     chunk *= 2;

@@ -1,5 +1,6 @@
 """Operations over the prefixes of shared weights: one file an op family."""
 
+from sorted_kernels.ops import gemm  # noqa: F401  (defines the compiled GEMM's op)
 from sorted_kernels.ops.embedding import embedding
 from sorted_kernels.ops.layer_norm import layer_norm
 from sorted_kernels.ops.linear import linear

@@ -28,8 +28,17 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "layer_norm": (*_TRITON, "triton/layer_norm.py", "triton/norm.py", "triton/column_sum.py"),
     "rms_norm": (*_TRITON, "triton/rms_norm.py", "triton/norm.py", "triton/column_sum.py"),
     "embedding": (*_TRITON, "triton/embedding.py"),
+    "cuda_linear": (
+        "cuda/gemm.py", "cuda/linear.py", "csrc/kernels/gemm_sm90.cu",
+        "csrc/kernels/gemm_sm90.cuh", "csrc/kernels/gemm_clip.cuh",
+        "csrc/kernels/gemm_epilogue.cuh", "csrc/kernels/gemm_launch.h",
+        "csrc/kernels/gemm_params.h", "csrc/kernels/sm90.cuh", "csrc/kernels/wgmma_sm90.cuh",
+        "csrc/kernels/multiprocessors.cuh", "csrc/common/gemm_tiles.h",
+        "csrc/common/half_types.h", "csrc/common/macros.h",
+    ),
     "staircase_optimizer": (
         "csrc/kernels/optimizer.cu", "csrc/kernels/optimizer_kernel.cuh",
+        "csrc/kernels/multiprocessors.cuh",
         "csrc/common/optimizer_update.h", "csrc/common/optimizer_table.h",
         "csrc/common/half_types.h", "csrc/common/macros.h",
     ),
