@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.ragged import MODES, exact, random_runs, row_sizes
+from support.gemm import MODES, exact, random_runs, row_sizes
 
 host = pytest.importorskip(
     "sorted_kernels._host", reason="the planning code was not compiled (no C++ compiler)"

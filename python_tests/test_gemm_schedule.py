@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from support.ragged import MODES, active, exact, random_runs, row_sizes
+from support.gemm import MODES, active, exact, random_runs, row_sizes
 
 host = pytest.importorskip(
     "sorted_kernels._host", reason="the planning code was not compiled (no C++ compiler)"
