@@ -145,13 +145,8 @@ SK_DEVICE int add_one(int* counter) { return atomicAdd(counter, 1); }
 // Past the L1 cache: another block has written it.
 SK_DEVICE float4 load_shared_result(const float4* pointer) { return __ldcg(pointer); }
 
-<<<<<<< HEAD
-// Adds without reading: the addition is the L2 cache's, to which subnormal numbers are zero. No other
-// block adds to the same elements.
-=======
 // Adds without reading: the addition is the L2 cache's, to which subnormal numbers are zero. No
 // other block adds to the same elements.
->>>>>>> cuda
 SK_DEVICE void reduce_add(float* pointer, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
 }
