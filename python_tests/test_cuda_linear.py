@@ -10,8 +10,8 @@ from sorted_kernels.errors import DeviceError
 from sorted_kernels.ops.promotion import manifest
 from sorted_kernels.reference import linear as reference
 from support import emulated_gemm
-from support.poison import assert_same_bits, in_larger_buffer
 from support.gemm import exact, random_runs, row_sizes
+from support.poison import assert_same_bits, in_larger_buffer
 
 DTYPES = [torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
