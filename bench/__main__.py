@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench import (
+    bench_anytime,
     bench_host,
     bench_kernels,
     bench_linear_step,
@@ -26,6 +27,7 @@ from bench.rows import append_rows
 FAMILIES = {
     "linear_step": bench_linear_step.cases,
     "model_step": bench_model_step.cases,
+    "anytime": bench_anytime.cases,
     "kernels": bench_kernels.cases,
     "host": bench_host.cases,
 }

@@ -90,6 +90,7 @@ LINEAR_STEP_GPU = [
 ] + [LinearShape(4096, 4096, 4096, 1001, 999)]
 
 MODEL_STEP = [ModelShape(64, depth, width) for depth, width in ((12, 8), (6, 4), (12, 2), (3, 8))]
+ANYTIME = [ModelShape(batch, 12, 8) for batch in (1, 64, 360, 1024)]
 
 # Kernels alone.
 LINEAR_CPU = [LinearShape(64, 1024, 1024, m, m) for m in (128, 511, 1024)]

@@ -1,6 +1,7 @@
 """Shared set-up: Triton's interpreter where there is no GPU, seeds, and the device of the tests."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -8,6 +9,10 @@ import torch
 
 if not torch.cuda.is_available():  # before Triton is imported anywhere
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell's background job, and some CI, start with Ctrl-C ignored, and so would every child.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("default")

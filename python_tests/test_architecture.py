@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sorted_kernels"
 FLOORS = [
-    {"errors", "env", "submodel", "staircase"},
+    {"errors", "env", "submodel", "staircase", "row_widths"},
     {"reference"},
     {"triton"},
     {"ops"},

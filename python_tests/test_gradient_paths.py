@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sorted_kernels as sk
 from sorted_kernels.ops import backend
@@ -159,16 +160,31 @@ def test_any_layout_of_inputs(family, route, layout, monkeypatch):
     assert_outcome(actual, *judged(family, x, blocks, dy.contiguous()))
 
 
-def test_the_route_follows_the_size_of_the_block(monkeypatch):
-    monkeypatch.setattr(backend, "LEAF_ELEMENTS", 20)
+def test_the_route_follows_what_runs(monkeypatch):
     layer = sk.nn.Linear(8, 6, in_dim="i", out_dim="o")
     names = []
-    for o, i in ((5, 4), (5, 5)):
-        sk.activate(layer, sk.Submodel(i=i, o=o))
-        names.append(type(layer(torch.randn(2, i)).grad_fn).__name__)
-    assert names == ["AddmmBackward0", "_LinearBlockBackward"]
+
+    def note():
+        names.append(type(layer(torch.randn(2, 8)).grad_fn).__name__)
+
+    note()
+    with torch.autocast("cpu", torch.bfloat16):
+        note()
     take(monkeypatch, "node")
-    assert type(layer(torch.randn(2, 5)).grad_fn).__name__ == "_LinearBackward"
+    note()
+    monkeypatch.undo()
+    backend.reset()
+    for param in layer.parameters():
+        param.requires_grad_(False)
+    names.append(layer(torch.randn(2, 8)).grad_fn)
+    layer.bias.requires_grad_()
+    note()
+    hook = layer.bias.register_hook(lambda gradient: None)
+    note()
+    hook.remove()
+    note()
+    lean, node = "_LinearOnBlocksBackward", "_LinearBackward"
+    assert names == [lean, node, node, None, lean, node, lean]
 
 
 @families
@@ -192,3 +208,30 @@ def test_autocast(family, route, monkeypatch):
         found = getattr(layer, name).grad
         assert found.dtype == torch.float32
         assert_within_twice(found[prefix(wanted.shape)], stock[name].grad, wanted, name)
+
+
+def fake_tensors():
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode, torch.no_grad, fake_tensors, backend.reference_only],
+    ids=["inference_mode", "no_grad", "fake", "reference_only"],
+)
+@pytest.mark.parametrize("kind", ["linear", "layer_norm"])
+def test_a_forward_elsewhere_leaves_nothing_behind(kind, context):
+    """Blocks that were worked out within a context must not serve training after it."""
+    torch.manual_seed(3)
+    layer = sk.nn.Linear(8, 6, in_dim="i") if kind == "linear" else sk.nn.LayerNorm(8, dim="i")
+    sk.activate(layer, sk.Submodel(i=5))
+    plain = sk.export(layer, sk.Submodel(i=5))
+    x = torch.randn(4, 5)
+    with context():
+        layer(torch.randn(4, 5))
+    for found in (layer, plain):
+        found(x).square().sum().backward()
+    torch.testing.assert_close(layer(x), plain(x))
+    for name, param in plain.named_parameters():
+        block = tuple(slice(size) for size in param.shape)
+        torch.testing.assert_close(layer.get_parameter(name).grad[block], param.grad)

@@ -113,6 +113,31 @@ def test_only_the_last_hidden_state_is_kept(x):
         assert kept <= 2 and (count < 3 or kept == 1)  # two until a run did without the first
 
 
+def test_hidden_states_go_with_the_results_not_with_the_garbage_collector(x):
+    alive = []
+
+    class Watched(Block):
+        def forward(self, h):
+            output = super().forward(h)
+            alive.append(weakref.ref(output))
+            return output
+
+    model = Net()
+    model.layers = torch.nn.ModuleList(Watched(6) for _ in range(5))
+    elastic(model)
+    gc.disable()
+    try:
+        for _ in anytime(model, x):
+            pass
+        assert len(alive) == 5 and not any(reference() is not None for reference in alive)
+        generator = anytime(model, x)
+        next(generator)
+        generator.close()
+        assert len(alive) == 6 and alive[-1]() is None
+    finally:
+        gc.enable()
+
+
 def test_forward_function_and_no_gradients(x):
     model = elastic(Net())
     results = list(anytime(model, {"a": x}, forward=lambda m, inputs: m(inputs["a"])))
@@ -204,6 +229,16 @@ def test_switching_the_model_between_results_changes_nothing(x):
         sk.activate(model, Submodel(depth=1 + i % 2, width=1 + i))
     assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
     assert current(model) == Submodel(depth=2, width=4)
+
+
+def test_switching_a_part_between_results_changes_nothing(x):
+    model = elastic_residual_mlp(6, width=8, hidden=8, depth=4, classes=3, widths=4).eval()
+    wanted, outputs = expected(model, x), []
+    for result in anytime(model, x):
+        outputs.append(result.output)
+        sk.activate(model.blocks.all_blocks()[-1], Submodel(width=2))
+        sk.activate(model.head, Submodel(width=1))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
 
 
 def test_two_generators_at_once(x):

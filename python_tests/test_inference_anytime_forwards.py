@@ -148,6 +148,33 @@ class ManyStates(Net):
         return torch.stack(states).mean(0)
 
 
+class ByKeyword(Net):
+    """Hidden states and options go by keyword, and the options differ from block to block."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(KeywordBlock(6) for _ in range(5))
+
+    def loop(self, h):
+        for i, layer in enumerate(self.layers):
+            h = layer(states=h, scale=torch.full((1,), 1.0 + i))
+        return h
+
+
+class KeywordBlock(Block):
+    def forward(self, *, states, scale):
+        return super().forward(states * scale)
+
+
+class Repeated(Net):
+    """One hidden state in several arguments."""
+
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(h, h, [h, {"again": h}])
+        return h
+
+
 class IdentityBlock(Net):
     def __init__(self):
         super().__init__()
@@ -155,7 +182,7 @@ class IdentityBlock(Net):
 
 
 KINDS = [Sliced, Indexed, Unprepared, Inputs, InPlaceStem, Skips, Dense, Accumulating, Between,
-         Tuples, FirstState, ManyStates, IdentityBlock]  # fmt: skip
+         Tuples, FirstState, ManyStates, ByKeyword, Repeated, IdentityBlock]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -290,3 +317,37 @@ def test_inputs_that_are_not_numbers_or_come_from_inference_mode(x):
     assert all(torch.equal(r.output, w) for r, w in zip(results, wanted, strict=True))
     nan = [r.output for r in anytime(model, torch.full((2, 6), float("nan")))]
     assert len(nan) == 5 and all(output.isnan().all() for output in nan)
+
+
+class Peeking(Net):
+    """Looks at what needs no content of every hidden state, and from one depth on at more."""
+
+    look = staticmethod(lambda h: h.shape[0] + h.dim() + h.size(-1))
+
+    def loop(self, h):
+        for layer in self.layers:
+            h = layer(h)
+            assert h.dtype == torch.float32 and h.device.type == "cpu" and self.look(h)
+        return h
+
+
+def test_shapes_of_earlier_hidden_states_may_be_read(x):
+    assert_exact(elastic(Peeking()), x)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda h: h.abs(), lambda h: h[0], lambda h: h.tolist(), lambda h: h.data_ptr(),
+        lambda h: bool(h), lambda h: torch.ops.aten.neg.default(h), lambda h: h.untyped_storage(),
+    ],
+    ids=["method", "index", "list", "pointer", "bool", "op", "storage"],
+)  # fmt: skip
+def test_late_use_of_an_earlier_hidden_state_is_refused(x, look):
+    model = elastic(Peeking())
+    generator = anytime(model, x)
+    for _ in range(3):
+        next(generator)
+    model.look = look
+    with pytest.raises(OptionError, match="did not use at the depths before"):
+        next(generator)

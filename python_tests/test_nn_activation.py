@@ -1,5 +1,6 @@
 """Switching between sub-models: axes, dimensions, nesting, exceptions, and no allocation."""
 
+import copy
 import gc
 import tracemalloc
 
@@ -61,6 +62,31 @@ def test_active_nests_and_restores_after_exceptions(model):
         assert sk.nn.current(model) == outer and axes_of(model) == at_outer
         raise KeyError
     assert axes_of(model) == start and sk.nn.current(model) == sk.Submodel(depth=3, width=8)
+
+
+def test_a_part_activated_meanwhile_is_set_again(model):
+    other = elastic_residual_mlp(6, 16, 24, 3, 4, widths=8)
+    submodel = sk.Submodel(depth=2, width=3)
+    sk.activate(model, submodel)
+    wanted = axes_of(model)
+    for part in (model.stem, model.blocks[1].norm):
+        sk.activate(part, sk.Submodel(width=1))
+        assert axes_of(model) != wanted
+        sk.activate(model, submodel)
+        assert axes_of(model) == wanted
+    sk.activate(other, sk.Submodel(depth=1, width=1))
+    sk.activate(model, submodel.replace(depth=1))
+    assert axes_of(model) == {**wanted, "blocks.depth": 1}
+    assert axes_of(other)["stem.out"] == 2
+
+
+def test_a_copy_is_activated_by_itself(model):
+    sk.activate(model, sk.Submodel(depth=2, width=3))
+    wanted, copied = axes_of(model), copy.deepcopy(model)
+    sk.activate(copied, sk.Submodel(depth=2, width=5))
+    assert axes_of(model) == wanted and axes_of(copied)["stem.out"] == 10
+    sk.activate(model, sk.Submodel(depth=3, width=3))
+    assert axes_of(copied)["blocks.depth"] == 2 and axes_of(model)["blocks.depth"] == 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from sorted_kernels.errors import DimensionError, OptionError
 from sorted_kernels.inference import replay as replaying
 from sorted_kernels.inference.replay import Replay
-from sorted_kernels.nn import ElasticAxis, current, dimensions
+from sorted_kernels.nn import ElasticAxis, current, depth_lists, dimensions
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
 
@@ -98,28 +98,27 @@ def _exits(
             return
         output = replay.run(run, submodel, count, wait=deadline_ms is not None)
         end = replaying.now()
-        if count > done:  # an exit's head counts with its blocks
-            seconds_a_block = (end - replay.blocks_started) / (count - done)
+        if replay.progress.blocks_started is not None:  # an exit's head counts with its blocks
+            seconds_a_block = (end - replay.progress.blocks_started) / (count - done)
         done = count
         yield AnytimeResult(submodel[dimension], output, 1e3 * (end - start))
 
 
 def _depth_list(model: torch.nn.Module) -> tuple[str, DepthContainer, ElasticAxis]:
     """The model's only list with an elastic depth: its path, itself, its axis."""
-    found = []
-    for name, module in model.named_modules():
-        axis = module.depth_axis if isinstance(module, DepthContainer) else None
-        if isinstance(module, DepthContainer) and axis is not None and axis.dimension is not None:
-            found.append((name, module, axis))
+    found = depth_lists(model)
     if len(found) == 1:
-        return found[0]
+        ((name, blocks),) = found.items()
+        return name, blocks, blocks.axes["depth"]
     there = list(dimensions(model)) or "none"
     if not found:
         raise DimensionError(
             f"{type(model).__name__} has no module list with an elastic depth to exit from; its "
             f"dimensions are {there}"
         )
-    listed = ", ".join(f"{name} ({axis.dimension})" for name, _, axis in found)
+    listed = ", ".join(
+        f"{name} ({blocks.axes['depth'].dimension})" for name, blocks in found.items()
+    )
     raise DimensionError(
         f"{type(model).__name__} has {len(found)} lists with an elastic depth: {listed}; anytime "
         f"exits from exactly one (its dimensions are {there})"

@@ -6,8 +6,7 @@ among them or in the result changed in place since.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,46 +27,48 @@ class Call:
         function: What to call with them; called once, here.
     """
 
+    __slots__ = ("args", "kwargs", "output", "_inputs", "_outputs")
+
     def __init__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[..., Any]
     ) -> None:
         self.args, self.kwargs = args, kwargs
-        self._inputs = _versions((args, kwargs))
+        self._inputs = _versions((args, kwargs) if kwargs else args)
         self.output = function(*args, **kwargs)
         self._outputs = _versions(self.output)
 
-    def inputs_intact(self) -> bool:
-        """Whether no tensor among the arguments was changed in place since before the call."""
-        return all(tensor._version == version for tensor, version in self._inputs)
-
-    def output_intact(self) -> bool:
-        """Whether no tensor in the result was changed in place since the call."""
-        return all(tensor._version == version for tensor, version in self._outputs)
+    def intact(self) -> bool:
+        """Whether no argument was changed in place, in the call or since, and no result since."""
+        for pairs in (self._inputs, self._outputs):
+            for tensor, version in pairs:
+                if tensor._version != version:
+                    return False
+        return True
 
     def had(self, args: tuple[Any, ...], kwargs: dict[str, Any], equal: Equal) -> bool:
         """Whether the call was given these arguments."""
-        return _same(args, self.args, equal) and (
-            not (kwargs or self.kwargs) or _same(kwargs, self.kwargs, equal)
-        )
+        mine = self.args
+        if len(args) == 1 == len(mine) and args[0] is mine[0] and not kwargs and not self.kwargs:
+            return True
+        return _same(args, mine, equal) and _same(kwargs, self.kwargs, equal)
 
     def took_spent(self) -> bool:
         """Whether a spent tensor was among the arguments."""
         return any(isinstance(tensor, Spent) for tensor in tensors((self.args, self.kwargs)))
 
-    def forgetting(self, gone: dict[int, Spent], output: bool) -> Call:
-        """The same call with spent tensors in the place of real ones.
+    def forget_inputs(self, gone: Gone) -> None:
+        """Put the spent tensors that stand for those that are gone among the arguments."""
+        if self._inputs:
+            self.args = _replaced(self.args, gone)
+            self.kwargs = _replaced(self.kwargs, gone) if self.kwargs else self.kwargs
+            self._inputs = [pair for pair in self._inputs if id(pair[0]) not in gone]
 
-        Args:
-            gone: What stands for a tensor, by the tensor's identity.
-            output: Whether the result goes too; ``gone`` then learns of it.
-        """
-        call = copy.copy(self)
-        call.args, call.kwargs = _replaced(self.args, gone), _replaced(self.kwargs, gone)
-        call._inputs = [(tensor, v) for tensor, v in self._inputs if id(tensor) not in gone]
-        if output:
-            gone.update((id(tensor), _spent(tensor)) for tensor in tensors(self.output))
-            call.output, call._outputs = _replaced(self.output, gone), []
-        return call
+    def forget_output(self, gone: Gone) -> None:
+        """Put spent tensors in the place of the result's, and note them in ``gone``."""
+        for tensor, _ in self._outputs:
+            if id(tensor) not in gone:
+                gone[id(tensor)] = (tensor, _spent(tensor))
+        self.output, self._outputs = _replaced(self.output, gone), []
 
 
 class SpentError(OptionError):
@@ -80,15 +81,11 @@ class Spent(Tensor):
     Any operation on it raises :class:`SpentError`.
     """
 
-    origin: torch.device
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Answer what needs no content and refuse everything else."""
-        if func == Tensor.device.__get__:
-            return args[0].origin
         if func in _WITHOUT_CONTENT:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise SpentError(
@@ -96,42 +93,47 @@ class Spent(Tensor):
             "depths before: exits cannot share its work"
         )
 
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # what gets past Python
+
 
 _WITHOUT_CONTENT = (
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
     Tensor.dim,
     Tensor.size,
 )
 
+Gone = dict[int, tuple[Tensor, Spent]]
+"""What stands for a tensor, by the tensor's identity; the values keep it from being reused."""
+
 
 def _spent(tensor: Tensor) -> Spent:
-    if isinstance(tensor, Spent):
-        return tensor
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(Spent)
-    empty.origin = tensor.device
-    return empty
+    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        Spent, tensor.shape, dtype=tensor.dtype, device=tensor.device
+    )
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """The tensors in a value and inside its tuples, lists and mappings."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
+        return [value]
+    if isinstance(value, (tuple, list)):
+        if len(value) == 1:
+            return tensors(value[0])
+        return [tensor for item in value for tensor in tensors(item)]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors(item)]
+    return []
 
 
-def _replaced(value: Any, gone: dict[int, Spent]) -> Any:
+def _replaced(value: Any, gone: Gone) -> Any:
     """The value with others in the place of some tensors inside tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
-        return gone.get(id(value), value)
+        return gone[id(value)][1] if id(value) in gone else value
     if type(value) in (tuple, list):
-        return type(value)(_replaced(item, gone) for item in value)
+        return type(value)([_replaced(item, gone) for item in value])
     if type(value) is dict:
         return {key: _replaced(item, gone) for key, item in value.items()}
     return value

@@ -3,68 +3,149 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sorted_kernels.errors import OptionError
-from sorted_kernels.inference.calls import Call, Equal, Spent, SpentError, tensors
-from sorted_kernels.nn import active
+from sorted_kernels.inference.calls import Call, Equal, Gone, Spent, SpentError, tensors
+from sorted_kernels.nn import activate, current
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
 
 now = time.perf_counter  # tests put a clock of their own here
 
 
-class Position(torch.nn.Module):
-    """Stands for one block of a depth list: computes the first time, replays from then on.
+class Progress:
+    """How far a run is; what positions share, which know no more of the replay.
 
-    A module only in name, so that it may stand in a list; it has none of a module's state, and
-    whatever else it is asked for, its block answers.
+    Were they to know it all, they and it would hold each other, and with them the hidden states,
+    until the garbage collector comes.
     """
 
-    replay: Replay
-    index: int
-    block: torch.nn.Module
-    call: Call | None
-    runs: int
+    __slots__ = ("equal", "in_blocks", "awaits_device", "blocks_started")
 
-    def __init__(self, replay: Replay, index: int, block: torch.nn.Module) -> None:
-        self.__dict__.update(replay=replay, index=index, block=block, call=None, runs=0)
+    def __init__(self) -> None:
+        self.equal: Equal = {}
+        self.in_blocks = self.awaits_device = False
+        self.blocks_started: float | None = None  # since when blocks compute, not replay
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__[name] = value
+    def start(self, wait: bool) -> None:
+        """A run starts; whether to wait for the device where times are taken."""
+        self.in_blocks, self.awaits_device, self.blocks_started = False, wait, None
+
+    def note_start(self, args: tuple[Any, ...]) -> None:
+        """Note when a run's first new block starts: from there on its blocks' time counts."""
+        if self.blocks_started is None:
+            if self.awaits_device:
+                synchronize(args)
+            self.blocks_started = now()
+
+
+class Step:
+    """One block of a depth list in its place: computes the first time, replays from then on.
+
+    Args:
+        label: What errors call it.
+        block: The block.
+        progress: Shared by all.
+    """
+
+    __slots__ = ("label", "block", "progress", "call", "ran")
+
+    def __init__(self, label: str, block: torch.nn.Module, progress: Progress) -> None:
+        self.label, self.block, self.progress = label, block, progress
+        self.call: Call | None = None
+        self.ran = False
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block gives for these arguments."""
+        progress, call = self.progress, self.call
+        if self.ran:
+            raise OptionError(f"the model's forward runs {self.label} twice; {_ONCE}")
+        self.ran = progress.in_blocks = True
+        if call is None:
+            progress.note_start(args)
+            call = Call(args, kwargs, self.block)
+            if not call.intact():
+                raise OptionError(
+                    f"{self.label} changes its input in place; {_CANNOT_SHARE_IN_PLACE}"
+                )
+            self.call = call
+        elif not call.intact():
+            raise OptionError(f"the input or output of {self.label} is changed in place after it "
+                              f"ran; {_CANNOT_SHARE_IN_PLACE}")  # fmt: skip
+        elif not call.had(args, kwargs, progress.equal):
+            raise OptionError(
+                f"{self.label} gets other arguments at another depth, so exits cannot share its "
+                "work; the model's forward must loop once over the list, first block first"
+            )
+        return call.output
+
+
+class StandIn(torch.nn.Module):
+    """Stands for a block in the list while its step runs.
+
+    A module only in name, so that it may stand there; it has none of a module's state, and
+    whatever it is asked for, its block answers.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.__dict__.update(block=step.block, run=step.run)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the block gives for these arguments."""
-        replay, call = self.replay, self.call
-        self.runs += 1
-        replay.in_blocks = True
-        if self.runs > 1:
-            raise OptionError(f"the model's forward runs {self} twice; {_ONCE}")
-        if call is None:
-            replay.note_start(args)
-            call = Call(args, kwargs, self.block)
-            if not call.inputs_intact():
-                raise OptionError(f"{self} changes its input in place; {_CANNOT_SHARE_IN_PLACE}")
-            self.call = call
-        elif not call.inputs_intact() or not call.output_intact():
-            raise OptionError(f"the input or output of {self} is changed in place after it ran; "
-                              f"{_CANNOT_SHARE_IN_PLACE}")  # fmt: skip
-        elif not call.had(args, kwargs, replay.equal):
-            raise OptionError(
-                f"{self} gets other arguments at another depth, so exits cannot share its work; "
-                "the model's forward must loop once over the list, first block first"
-            )
-        return call.output
+        return self.run(args, kwargs)
 
-    def __repr__(self) -> str:
-        return f"block {self.index} of {self.replay.name!r}"
+
+class Stem:
+    """Stands for the forward of a module outside the list: before the blocks it replays calls.
+
+    Args:
+        module: The module.
+        progress: Knows whether the blocks have begun.
+    """
+
+    __slots__ = ("module", "progress", "calls", "runs", "_forward", "_own")
+
+    def __init__(self, module: torch.nn.Module, progress: Progress) -> None:
+        self.module, self.progress = module, progress
+        self.calls: list[Call] = []
+        self.runs = 0
+
+    def put(self) -> None:
+        """Take the forward's place."""
+        attributes = self.module.__dict__
+        self._forward, self._own, self.runs = self.module.forward, attributes.get("forward"), 0
+        attributes["forward"] = self
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        if self._own is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self._own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward gives for these arguments."""
+        progress, calls, run = self.progress, self.calls, self.runs
+        if progress.in_blocks:
+            return self._forward(*args, **kwargs)
+        self.runs += 1
+        if (
+            run < len(calls)
+            and calls[run].intact()
+            and calls[run].had(args, kwargs, progress.equal)
+        ):
+            return calls[run].output
+        calls[run:] = [Call(args, kwargs, self._forward)]
+        return calls[run].output
 
 
 _ONCE = "exits can share blocks that run exactly once"
@@ -84,16 +165,16 @@ class Replay:
     """
 
     def __init__(self, model: torch.nn.Module, name: str, blocks: DepthContainer) -> None:
-        self.model, self.name, self.blocks = model, name, blocks
-        self.positions = [Position(self, i, b) for i, b in enumerate(blocks.all_blocks())]
-        self.in_blocks = False
-        self.blocks_started = 0.0
-        self.equal: Equal = {}
-        self._wait = self._starting = False
-        self._stems = _outside(model, blocks)
-        self._calls: dict[torch.nn.Module, list[Call]] = {}
+        self.model, self.blocks = model, blocks
+        self.progress = Progress()
+        self.steps = [
+            Step(f"block {i} of {name!r}", block, self.progress)
+            for i, block in enumerate(blocks.all_blocks())
+        ]
+        self._stand_ins: list[torch.nn.Module] = [StandIn(step) for step in self.steps]
+        self._stems = [Stem(module, self.progress) for module in _outside(model, blocks)]
         self._keep_all = False
-        self._trial: dict[Position, Call] = {}  # full calls, until a run did without them
+        self._trial: dict[Step, Call] = {}  # full calls, until a run did without them
         self._done = 0
 
     def run(self, forward: Callable[[], Any], submodel: Submodel, count: int, *, wait: bool) -> Any:
@@ -109,19 +190,18 @@ class Replay:
             OptionError: The model does not run each block once, or changes a hidden state in
                 place.
         """
-        self._wait = wait
         try:
-            output = self._run(forward, submodel, count)
+            output = self._run(forward, submodel, count, wait)
         except SpentError:
             if not self._trial:
                 raise
-            for position, call in self._trial.items():
-                position.call = call
-            for position in self.positions[self._done : count]:
-                if position.call is not None and position.call.took_spent():
-                    position.call = None
+            for step, call in self._trial.items():
+                step.call = call
+            for step in self.steps[self._done : count]:
+                if step.call is not None and step.call.took_spent():
+                    step.call = None
             self._trial, self._keep_all = {}, True
-            output = self._run(forward, submodel, count)
+            output = self._run(forward, submodel, count, wait)
         if wait:
             synchronize(output)
         if not self._keep_all:
@@ -129,83 +209,53 @@ class Replay:
         self._done = count
         return output
 
-    def _run(self, forward: Callable[[], Any], submodel: Submodel, count: int) -> Any:
-        positions = self.positions[:count]
-        for position in positions:
-            position.runs = 0
-        self.in_blocks, self._starting = False, True
-        with (
-            active(self.model, submodel),
-            self.blocks.play(positions),
-            self._replaying_stems(),
-            torch.inference_mode(False),  # its tensors have no version to tell changes by
-            torch.no_grad(),
-        ):
-            output = forward()
-        self.equal.clear()
-        for position in positions:
-            if position.runs == 0:
-                raise OptionError(f"the model's forward leaves out {position}; {_ONCE}")
-        if any(isinstance(tensor, Spent) for tensor in tensors(output)):
-            raise SpentError("the model returns hidden states that it did not return before")
+    def _run(self, forward: Callable[[], Any], submodel: Submodel, count: int, wait: bool) -> Any:
+        before, steps, stems = current(self.model), self.steps[:count], self._stems
+        for step in steps:
+            step.ran = False
+        self.progress.start(wait)
+        with self.blocks.play(self._stand_ins[:count]), _with_versions(), torch.no_grad():
+            for stem in stems:
+                stem.put()
+            try:
+                activate(self.model, submodel)
+                output = forward()
+            finally:
+                activate(self.model, before)
+                for stem in stems:
+                    stem.remove()
+        # Those that did not run before the blocks (the head) need no care in later runs.
+        self._stems = [stem for stem in stems if stem.calls]
+        self.progress.equal.clear()
+        for step in steps:
+            if not step.ran:
+                raise OptionError(f"the model's forward leaves out {step.label}; {_ONCE}")
+        for tensor in tensors(output):
+            if isinstance(tensor, Spent):
+                raise SpentError("the model returns hidden states that it did not return before")
         return output
 
     def _forget(self, count: int) -> None:
         """Give up all hidden states but the last; for good once a run did without them."""
         if self._done > 1:
             self._trial.clear()
-        trial = self._done <= 1
-        gone: dict[int, Spent] = {}
-        for position in self.positions[max(self._done - 1, 0) : count]:
-            call = position.call
+        gone: Gone = {}
+        last = self.steps[count - 1]
+        for step in self.steps[max(self._done - 1, 0) : count]:
+            call = step.call
             if call is not None:
-                if trial:
-                    self._trial[position] = call
-                position.call = call.forgetting(gone, output=position.index < count - 1)
+                if self._done <= 1:
+                    self._trial[step] = copy.copy(call)
+                call.forget_inputs(gone)
+                if step is not last:
+                    call.forget_output(gone)
 
-    def note_start(self, args: tuple[Any, ...]) -> None:
-        """Note when a run's first new block starts: from there on its blocks' time counts."""
-        if self._starting:
-            self._starting = False
-            if self._wait:
-                synchronize(args)
-            self.blocks_started = now()
 
-    @contextlib.contextmanager
-    def _replaying_stems(self) -> Iterator[None]:
-        """Have the modules outside the list replay the calls that they get before the blocks."""
-        before = [(module, module.__dict__.get("forward")) for module in self._stems]
-        for module in self._stems:
-            module.__dict__["forward"] = self._replaying(module)
-        try:
-            yield
-        finally:
-            for module, forward in before:
-                if forward is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = forward
-        # Those that did not run before the blocks (the head) need no care in later runs.
-        self._stems = [module for module in self._stems if module in self._calls]
-
-    def _replaying(self, module: torch.nn.Module) -> Callable[..., Any]:
-        """The module's forward, except that before the blocks it replays equal calls."""
-        forward = module.forward
-        earlier = self._calls.get(module, [])
-        made: list[Call] = []
-
-        def replaying(*args: Any, **kwargs: Any) -> Any:
-            if self.in_blocks:
-                return forward(*args, **kwargs)
-            call = earlier[len(made)] if len(made) < len(earlier) else None
-            intact = call is not None and call.inputs_intact() and call.output_intact()
-            if call is None or not intact or not call.had(args, kwargs, self.equal):
-                call = Call(args, kwargs, forward)
-            made.append(call)
-            self._calls[module] = made
-            return call.output
-
-        return replaying
+def _with_versions() -> contextlib.AbstractContextManager[Any]:
+    """No inference mode, whose tensors have no version to tell changes by."""
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return contextlib.nullcontext()
 
 
 def synchronize(value: Any) -> None:

@@ -1,6 +1,6 @@
 """Layers with elastic axes, and the switch between the sub-models of a model."""
 
-from sorted_kernels.nn.activation import activate, active, current, dimensions
+from sorted_kernels.nn.activation import activate, active, current, depth_lists, dimensions
 from sorted_kernels.nn.axis import ElasticAxis
 from sorted_kernels.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
 from sorted_kernels.nn.module_list import ModuleList, Sequential
@@ -16,5 +16,6 @@ __all__ = [
     "activate",
     "active",
     "current",
+    "depth_lists",
     "dimensions",
 ]

@@ -10,12 +10,17 @@ import torch
 
 from sorted_kernels.errors import DimensionError
 from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
 
 PLAN = "_elastic_plan"
 """Attribute under which a module keeps its :class:`Plan`."""
 DECLARED = "_elastic_dimensions"
 """Attribute under which ``elasticize`` keeps full sizes that it was given."""
+
+Setting = list[tuple[ElasticAxis, int, torch.Tensor]]
+"""Axes of a dimension, and the size and probe of each."""
+_last_applied: dict[str, Setting] = {}
 
 
 class Plan:
@@ -32,8 +37,11 @@ class Plan:
     def __init__(self, model: torch.nn.Module) -> None:
         named: dict[str, list[tuple[str, ElasticAxis]]] = {}
         declared: dict[str, int] = {}
+        self.lists: list[str] = []
         for path, module in model.named_modules():
             axes = getattr(module, "axes", None)
+            if _is_elastic_list(module):
+                self.lists.append(path)
             for name, axis in axes.items() if isinstance(axes, dict) else ():
                 if axis.dimension is not None:
                     label = f"{path}.{name}" if path else name
@@ -48,7 +56,9 @@ class Plan:
         self.full = {name: declared.get(name) or _agreed(name, pairs)
                      for name, pairs in named.items()}  # fmt: skip
         self.current = Submodel(**self._counts_now()) if self.full else None
-        self._settings: dict[Submodel, list[tuple[ElasticAxis, int, torch.Tensor]]] = {}
+        self._settings: dict[Submodel, dict[str, Setting]] = {}
+        self._by_size: dict[tuple[str, int], Setting] = {}
+        self._applied: dict[str, Setting] = {}
 
     def _counts_now(self) -> dict[str, int]:
         """The count of each dimension that its axes show: not full where a part was activated."""
@@ -65,16 +75,26 @@ class Plan:
         }
 
     def apply(self, submodel: Submodel) -> None:
-        """Set every axis; the list of settings of a sub-model is worked out once."""
+        """Set every axis; what a sub-model sets is worked out once.
+
+        Where this plan was also the last of all to be applied, no axis has changed since, and only
+        those of the dimensions that change are set.
+        """
+        global _last_applied
         settings = self._settings.get(submodel)
         if settings is None:
             settings = self._settings[submodel] = self._work_out(submodel)
-        for axis, size, probe in settings:
-            axis.active = size
-            axis.probe = probe
+        before = self._applied if self._applied is _last_applied else {}
+        self._applied = _last_applied = {}  # until all is done
+        for name, setting in settings.items():
+            if before.get(name) is not setting:
+                for axis, size, probe in setting:
+                    axis.active = size
+                    axis.probe = probe
         self.current = submodel
+        self._applied = _last_applied = settings
 
-    def _work_out(self, submodel: Submodel) -> list[tuple[ElasticAxis, int, torch.Tensor]]:
+    def _work_out(self, submodel: Submodel) -> dict[str, Setting]:
         for name, size in submodel.items():
             if name not in self.full:
                 raise DimensionError(
@@ -82,13 +102,18 @@ class Plan:
                 )
             if size > self.full[name]:
                 raise DimensionError(f"{name}={size} is not in 1..{self.full[name]}")
-        settings = []
-        for name, full in self.full.items():
-            count = submodel.get(name, full)
-            for axis in self.axes[name]:
-                size = axis.scaled(count, full)
-                settings.append((axis, size, axis.probe_of(size)))
-        return settings
+        return {
+            name: self._setting(name, submodel.get(name, full)) for name, full in self.full.items()
+        }
+
+    def _setting(self, name: str, count: int) -> Setting:
+        """What a count of a dimension sets its axes to; the same list each time."""
+        setting = self._by_size.get((name, count))
+        if setting is None:
+            sizes = [(axis, axis.scaled(count, self.full[name])) for axis in self.axes[name]]
+            setting = [(axis, size, axis.probe_of(size)) for axis, size in sizes]
+            self._by_size[name, count] = setting
+        return setting
 
 
 def _declared_by(module: torch.nn.Module) -> dict[str, int]:
@@ -125,6 +150,17 @@ def forget_plan(model: torch.nn.Module) -> None:
 def dimensions(model: torch.nn.Module) -> dict[str, int]:
     """Full size of each elastic dimension of a model."""
     return dict(plan_of(model).full)
+
+
+def depth_lists(model: torch.nn.Module) -> dict[str, DepthContainer]:
+    """The lists of a model whose depth is elastic, by path."""
+    found: dict[str, Any] = {path: model.get_submodule(path) for path in plan_of(model).lists}
+    return {path: blocks for path, blocks in found.items() if _is_elastic_list(blocks)}
+
+
+def _is_elastic_list(module: torch.nn.Module) -> bool:
+    axis = module.depth_axis if isinstance(module, DepthContainer) else None
+    return axis is not None and axis.dimension is not None
 
 
 def current(model: torch.nn.Module) -> Submodel:

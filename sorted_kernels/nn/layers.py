@@ -9,14 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from sorted_kernels.errors import OptionError, ShapeError
 from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
+from sorted_kernels.ops.blocks import BlockCache, Blocks
 from sorted_kernels.ops.embedding import run_embedding
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
-from sorted_kernels.ops.layer_norm import run_layer_norm
-from sorted_kernels.ops.linear import run_linear
+from sorted_kernels.ops.layer_norm import check_norm, layer_norm_on_blocks, run_layer_norm
+from sorted_kernels.ops.linear import check_linear, linear_on_blocks, run_linear
 from sorted_kernels.ops.rms_norm import run_rms_norm
 from sorted_kernels.reference.linear import ACTIVATIONS
 
@@ -24,15 +27,15 @@ GRAD_MODES = ("inplace", "dense")
 
 
 def _relu_hook(_module: Any, _args: Any, y: Tensor) -> Tensor:
-    return torch.nn.functional.relu(y)
+    return F.relu(y)
 
 
 def _gelu_hook(_module: Any, _args: Any, y: Tensor) -> Tensor:
-    return torch.nn.functional.gelu(y)
+    return F.gelu(y)
 
 
 def _silu_hook(_module: Any, _args: Any, y: Tensor) -> Tensor:
-    return torch.nn.functional.silu(y)
+    return F.silu(y)
 
 
 _ACTIVATION_HOOKS = {"relu": _relu_hook, "gelu": _gelu_hook, "silu": _silu_hook}
@@ -41,9 +44,11 @@ _ACTIVATION_HOOKS = {"relu": _relu_hook, "gelu": _gelu_hook, "silu": _silu_hook}
 class ElasticModule(torch.nn.Module):
     """What all elastic layers share: named axes and the choice of the gradient path."""
 
+    OP: str  # of layers that can run on plain blocks
     axes: dict[str, ElasticAxis]
     grad_mode: str
     _slots: dict[str, GradientSlot]
+    _blocks: BlockCache
 
     def make_elastic(self, grad_mode: str = "inplace", **axes: ElasticAxis) -> None:
         """Give a module its axes (the constructor and ``elasticize`` call this).
@@ -65,6 +70,21 @@ class ElasticModule(torch.nn.Module):
         self._slots = {
             name: slot_of(param) for name, param in self._parameters.items() if param is not None
         }
+        self._blocks = BlockCache()
+
+    def _plain_blocks(self, *sizes: int) -> Blocks | None:
+        """The active blocks for plain PyTorch; None where it is not what runs here."""
+        if is_compiling() or self.grad_mode != "inplace":
+            return None
+        parameters = self._parameters
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # computed from others by a parametrization
+            return None
+        blocks = self._blocks.get(sizes)
+        if blocks is not None and blocks.current(weight, bias):
+            return blocks
+        return self._blocks.find(self.OP, weight, bias, sizes)
 
     def _gradient_path(
         self, weight: Tensor | None, bias: Tensor | None = None
@@ -131,6 +151,7 @@ class Linear(ElasticModule, torch.nn.Linear):
         (..., active in_features) -> (..., active out_features).
     """
 
+    OP = "linear"
     AXES = ("in", "out")
     in_axis: ElasticAxis
     out_axis: ElasticAxis
@@ -158,12 +179,24 @@ class Linear(ElasticModule, torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the active block."""
+        blocks = self._plain_blocks(self.out_axis.active, self.in_axis.active)
+        if blocks is not None:
+            try:
+                return linear_on_blocks(x, blocks, self.activation)
+            except RuntimeError:
+                self._check(x)
+                raise
         check_width(x, self.in_axis, "Linear")
         weight, bias = self.weight, self.bias
         return run_linear(
             x, weight, bias, self.out_axis.size(), self.activation,
             *self._gradient_path(weight, bias),
         )  # fmt: skip
+
+    def _check(self, x: Tensor) -> None:
+        """Say what was wrong with an input that PyTorch did not take."""
+        check_width(x, self.in_axis, "Linear")
+        check_linear(x, self.weight, self.bias, self.out_axis.active, self.activation)
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:
         """Weight (m, k), bias (m,)."""
@@ -197,6 +230,7 @@ class LayerNorm(ElasticModule, torch.nn.LayerNorm):
         ShapeError: More than one normalised axis.
     """
 
+    OP = "layer_norm"
     AXES = ("features",)
     features_axis: ElasticAxis
 
@@ -217,6 +251,14 @@ class LayerNorm(ElasticModule, torch.nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the active features."""
+        blocks = self._plain_blocks(self.features_axis.active)
+        if blocks is not None and (blocks.weight is None or x.dtype is blocks.weight.dtype):
+            try:
+                return layer_norm_on_blocks(x, blocks, self.eps)
+            except RuntimeError:
+                check_width(x, self.features_axis, "LayerNorm")
+                check_norm(x, self.weight, self.bias)
+                raise
         check_width(x, self.features_axis, "LayerNorm")
         weight, bias = self.weight, self.bias
         return run_layer_norm(x, weight, bias, self.eps, *self._gradient_path(weight, bias))
@@ -270,8 +312,8 @@ class RMSNorm(ElasticModule, torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the active features."""
-        check_width(x, self.features_axis, "RMSNorm")
         weight = self.weight
+        check_width(x, self.features_axis, "RMSNorm")
         slot, _, dense = self._gradient_path(weight)
         eps = self.eps
         if eps is None:  # of the type that the norm is computed in

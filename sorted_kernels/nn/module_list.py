@@ -54,13 +54,14 @@ class DepthContainer(torch.nn.Module):
         return blocks if self.depth_axis is None else blocks[: self.depth_axis.active]
 
     @contextlib.contextmanager
-    def play(self, blocks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    def play(self, blocks: list[torch.nn.Module]) -> Iterator[None]:
         """Within the block, yield exactly these modules instead."""
-        before, self._playing = self._playing, list(blocks)
+        attributes = self.__dict__  # which a module's own way of setting them looks through first
+        before, attributes["_playing"] = self._playing, blocks
         try:
             yield
         finally:
-            self._playing = before
+            attributes["_playing"] = before
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.active_blocks())

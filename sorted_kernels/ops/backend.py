@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
@@ -66,30 +65,31 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
-LEAF_ELEMENTS = 1 << 14
-"""Elements of a block up to which autograd's C++ nodes and a copy into the prefix beat a Python
-node that writes the prefix itself (64 KiB of float32: the copy stays in the cache)."""
-
-
 def in_plain_torch(op: str, x: Tensor) -> bool:
-    """Whether a layer trains in eager PyTorch here, so that no kernel of ours takes part."""
-    return (
-        not is_compiling() and torch.is_grad_enabled() and implementation(op, x) is _reference(op)
-    )
+    """Whether an op on a tensor is PyTorch's own here, so that no kernel of ours takes part."""
+    return implementation(op, x) is _reference(op)
 
 
 _reference_only = False
+_generation = 0
+
+
+def generation() -> int:
+    """Changes with whatever could change a choice, so that what hangs on one can be kept."""
+    return _generation
 
 
 @contextlib.contextmanager
 def reference_only() -> Iterator[None]:
     """Within the block every op runs as plain PyTorch, so that its tools can look inside."""
-    global _reference_only
+    global _reference_only, _generation
     before, _reference_only = _reference_only, True
+    _generation += 1
     try:
         yield
     finally:
         _reference_only = before
+        _generation += 1
 
 
 def implementation(op: str, x: Tensor) -> ModuleType:
@@ -106,4 +106,6 @@ def _reference(op: str) -> ModuleType:
 
 def reset() -> None:
     """Forget the choices made, so that a changed environment is read again (for tests)."""
+    global _generation
+    _generation += 1
     _module.cache_clear()

@@ -12,8 +12,7 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import DTypeError, GradientError, ShapeError
 from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import FLOATS, check_count, check_parameter, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, GradientSlot, lands
-from sorted_kernels.ops.leaf import IN_PLACE_TWICE
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define("embedding(Tensor indices, Tensor weight, SymInt features, SymInt padding_idx)"

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import StrideError
-from sorted_kernels.ops.leaf import Leaf, accumulation_node
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.staircase import Staircase
 
@@ -31,8 +30,11 @@ A parameter that took part itself would have autograd's own accumulation run for
 to add, which could not be told from a gradient that somebody else computed.
 """
 
-
-_ANCHOR_NODE = accumulation_node(ANCHOR)
+_ANCHOR_NODE = ANCHOR.view_as(ANCHOR).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+IN_PLACE_TWICE = (
+    "double backward through gradients that land in place is not possible; give the layer "
+    "grad_mode='dense', or call the functional op on the parameter"
+)
 _handles = itertools.count(1)
 _by_param: dict[int, GradientSlot] = {}  # by id(param); an entry dies with its parameter
 _by_handle: dict[int, GradientSlot] = {}
@@ -47,7 +49,7 @@ class GradientSlot:
 
     __slots__ = (
         "handle", "param", "token", "buffer", "raw", "storage", "blocks", "version", "address",
-        "staircase", "expected", "task", "hooked", "leaves", "views", "pointer", "__weakref__",
+        "staircase", "expected", "task", "hooked", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, param: Tensor) -> None:
@@ -61,20 +63,15 @@ class GradientSlot:
         self.blocks: dict[tuple[int, int], Tensor] = {}  # views of the buffer
         self.version = 0  # the buffer's version counter when it was last looked at
         self.address = 0  # and where its elements were
-        self.leaves: dict[tuple[int, int], Leaf] = {}  # blocks of the parameter, in autograd's
-        self.views: dict[tuple[int, int], Tensor] = {}  # graph and outside of it
-        self.pointer = 0
         self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
         self.expected: list[tuple[int, int]] = []
         self.task = -1  # the backward that the expected gradients belong to
         self.hooked = False
-        key, handle, leaves, views = id(param), self.handle, self.leaves, self.views
+        key, handle = id(param), self.handle
 
         def forget(_: object) -> None:
             _by_param.pop(key, None)
             _by_handle.pop(handle, None)
-            leaves.clear()  # these hold on to the parameter's storage
-            views.clear()
 
         self.param = weakref.ref(param, forget)
 
@@ -101,6 +98,14 @@ class GradientSlot:
         accumulate = self.record(m, k)
         return self.block(m, k), accumulate
 
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient of the prefix's shape."""
+        view, accumulate = self.prefix(*gradient.shape)
+        if accumulate:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
+
     def block(self, m: int, k: int) -> Tensor:
         """The view ``buffer[:m, :k]`` for writing."""
         view = self.blocks.get((m, k))
@@ -116,10 +121,18 @@ class GradientSlot:
         """Attach the buffer and cover ``[:m, :k]``; whether its old contents count."""
         param = self.param()
         assert param is not None  # callers have looked
-        grad = param.grad
+        grad, staircase = param.grad, self.staircase
         if grad is None:
-            self._attach(param, m, k)
-            self.staircase.corners = [(m, k)]
+            if self._reusable(param):
+                for rows, cols in staircase.corners:
+                    if rows > m or cols > k:
+                        _clear_outside(self.raw, staircase, m, k)
+                        break
+            else:
+                self._watch(param)
+                self._adopt(torch.zeros_like(param, memory_format=torch.contiguous_format))
+            param.grad = self.buffer
+            staircase.corners = [(m, k)]
             return False
         if grad is not self.buffer:  # somebody else's tensor: what it holds is unknown, so all
             if grad.stride(-1) != 1:
@@ -129,42 +142,28 @@ class GradientSlot:
                 )
             self._watch(param)
             self._adopt(grad)
-            self.staircase.cover_all()
+            staircase.cover_all()
         elif grad._version != self.version or grad.data_ptr() != self.address:
             self._look_again(grad)
-        accumulate = bool(self.staircase.corners)
-        self.staircase.add(m, k)
+        accumulate = bool(staircase.corners)
+        staircase.add(m, k)
         return accumulate
-
-    def _attach(self, param: Tensor, m: int, k: int) -> None:
-        """Make the buffer ``param.grad``, zero outside ``[:m, :k]``."""
-        if self._reusable(param):
-            for rows, cols in self.staircase.corners:
-                if rows > m or cols > k:
-                    _clear_outside(self.raw, self.staircase, m, k)
-                    break
-        else:
-            self._watch(param)
-            self._adopt(torch.zeros_like(param, memory_format=torch.contiguous_format))
-        param.grad = self.buffer
 
     def _reusable(self, param: Tensor) -> bool:
         """Whether the old buffer is ours alone: its contents known, and kept by nobody."""
-        buffer = self.buffer
-        if (
-            buffer is None
-            or buffer.dtype is not param.dtype
-            or buffer.device != param.device
-            or buffer._version != self.version
-            or buffer.data_ptr() != self.address
-        ):
+        if self.buffer is None:
             return False
-        del buffer  # so that the counts below are of the slot's own references
         assert self.storage is not None
-        users = torch._C._storage_Use_Count(self.storage._cdata)
         # The tensor itself may be kept, or an alias of it (``param.grad.detach()``). The storage
         # is used by the buffer, its alias, the object that names it, and the blocks.
-        return sys.getrefcount(self.buffer) <= 2 and users <= 3 + len(self.blocks)
+        return (
+            self.buffer._version == self.version
+            and self.buffer.data_ptr() == self.address
+            and self.buffer.dtype is param.dtype
+            and self.buffer.device == param.device
+            and sys.getrefcount(self.buffer) <= 2
+            and torch._C._storage_Use_Count(self.storage._cdata) <= 3 + len(self.blocks)
+        )
 
     def _adopt(self, buffer: Tensor) -> None:
         """Take a tensor as the buffer.
@@ -195,35 +194,6 @@ class GradientSlot:
     @staticmethod
     def _any(views: Iterable[Tensor]) -> bool:
         return any(bool(view.any()) for view in views)
-
-    def leaf(self, param: Tensor, m: int, k: int = 1) -> Tensor:
-        """The block ``param[:m, :k]`` as a leaf of autograd's own graph.
-
-        Autograd differentiates it in C++ and hands its gradient to the slot, which copies it into
-        the prefix: less host time than a Python node, one more pass over the block.
-        """
-        self._check_storage(param)
-        found = self.leaves.get((m, k))
-        if found is None:
-            found = self.leaves[m, k] = Leaf(self, param, m, k)
-        return found.tensor
-
-    def view(self, param: Tensor, m: int, k: int = 1) -> Tensor:
-        """The block ``param[:m, :k]`` outside of autograd; shares the version counter."""
-        self._check_storage(param)
-        found = self.views.get((m, k))
-        if found is None:
-            block = param.detach()
-            found = self.views[m, k] = block[:m] if block.dim() == 1 else block[:m, :k]
-        return found
-
-    def _check_storage(self, param: Tensor) -> None:
-        """Drop the views of a storage that the parameter no longer has (or too many of them)."""
-        pointer = param.data_ptr()
-        if pointer != self.pointer or len(self.leaves) + len(self.views) > 512:
-            self.leaves.clear()
-            self.views.clear()
-            self.pointer = pointer
 
     def expect(self, m: int, k: int = 1) -> None:
         """Announce that autograd will add a dense gradient that is zero outside ``[:m, :k]``."""
@@ -315,7 +285,12 @@ def lands(slot: GradientSlot | None) -> bool:
     """
     if slot is None or slot.param() is None:
         return False
-    return is_compiling() or torch._C._will_engine_execute_node(_ANCHOR_NODE)  # type: ignore
+    return is_compiling() or parameters_wanted()
+
+
+def parameters_wanted() -> bool:
+    """Whether the (eager) backward that is running is for parameters too."""
+    return torch._C._will_engine_execute_node(_ANCHOR_NODE)  # type: ignore
 
 
 def in_place_allowed(slot: GradientSlot | None, param: Tensor) -> bool:
@@ -328,21 +303,6 @@ def in_place_allowed(slot: GradientSlot | None, param: Tensor) -> bool:
         return False
     hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     return not hooks or len(hooks) <= slot.hooked
-
-
-def prefix_leaf(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) -> Tensor:
-    """The block ``param[:m, :k]`` for autograd's own nodes; a plain view where nothing trains."""
-    if slot is not None:
-        return slot.leaf(param, m, k)
-    return param[:m] if param.dim() == 1 else param[:m, :k]
-
-
-def prefix_view(slot: GradientSlot | None, param: Tensor, m: int, k: int = 1) -> Tensor:
-    """The block ``param[:m, :k]`` outside of autograd."""
-    if slot is not None:
-        return slot.view(param, m, k)
-    block = param.detach()
-    return block[:m] if block.dim() == 1 else block[:m, :k]
 
 
 def detached(param: Tensor | None) -> Tensor | None:
@@ -381,11 +341,7 @@ LIBRARY.define("accumulate_prefix(Tensor gradient, Tensor(a!) token, SymInt hand
 
 
 def _accumulate_prefix(gradient: Tensor, token: Tensor, handle: int) -> None:
-    view, accumulate = _by_handle[handle].prefix(*gradient.shape)
-    if accumulate:
-        view.add_(gradient)
-    else:
-        view.copy_(gradient)
+    _by_handle[handle].add(gradient)
 
 
 LIBRARY.impl("accumulate_prefix", _accumulate_prefix, "CompositeExplicitAutograd")

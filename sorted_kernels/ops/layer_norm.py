@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
-from sorted_kernels.ops import backend
-from sorted_kernels.ops.backend import implementation, in_plain_torch
+from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.blocks import Blocks
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
 from sorted_kernels.ops.gradient import (
     ANCHOR,
+    IN_PLACE_TWICE,
     GradientSlot,
     detached,
     lands,
-    prefix_leaf,
+    parameters_wanted,
 )
-from sorted_kernels.ops.leaf import IN_PLACE_TWICE
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define(
@@ -142,6 +141,50 @@ class _LayerNorm(Function):
         return dx, *[None] * 7
 
 
+class _LayerNormOnBlocks(Function):
+    """In-place gradients in plain PyTorch: as little Python as can be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Blocks, eps: float, anchor: Tensor) -> Tensor:
+        weight = blocks.weight
+        y, mean, rstd = torch.native_layer_norm(x, blocks.sizes, weight, blocks.bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.blocks = blocks
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise GradientError(IN_PLACE_TWICE)
+        x, mean, rstd, weight = ctx.saved_tensors
+        blocks, need_dx, wanted = ctx.blocks, ctx.needs_input_grad[0], parameters_wanted()
+        weight_slot = blocks.weight_slot if wanted else None
+        bias_slot = blocks.bias_slot if wanted else None
+        wants = [need_dx, weight_slot is not None, bias_slot is not None]
+        dx, dw, db = _native_backward(dy, x, blocks.sizes, mean, rstd, weight, blocks.bias, wants)
+        if weight_slot is not None:
+            weight_slot.add(dw)
+        if bias_slot is not None:
+            bias_slot.add(db)
+        return dx if need_dx else None, None, None, None
+
+
+_native_backward = torch.ops.aten.native_layer_norm_backward.default
+# Function.apply looks for functorch's wrappers first; whoever has blocks has done so.
+_apply_on_blocks = super(Function, _LayerNormOnBlocks).apply
+
+
+def layer_norm_on_blocks(x: Tensor, blocks: Blocks, eps: float) -> Tensor:
+    """:func:`layer_norm` for layers that have their blocks at hand.
+
+    Raises:
+        RuntimeError: PyTorch's own error; :func:`check_norm` says what was wrong.
+    """
+    if blocks.train and torch.is_grad_enabled():
+        return _apply_on_blocks(x, blocks, eps, ANCHOR)
+    return torch.nn.functional.layer_norm(x, blocks.sizes, blocks.weight, blocks.bias, eps)
+
+
 def _save(
     ctx: Any,
     x: Tensor,
@@ -240,15 +283,6 @@ def run_layer_norm(
     dense: bool,
 ) -> Tensor:
     """:func:`layer_norm` for layers, whose slots say where gradients land."""
-    if not dense and x.shape[-1] <= backend.LEAF_ELEMENTS and in_plain_torch("layer_norm", x):
-        k = x.shape[-1]
-        scale = None if weight is None else prefix_leaf(weight_slot, weight, k)
-        shift = None if bias is None else prefix_leaf(bias_slot, bias, k)
-        try:
-            return F.layer_norm(x, (k,), scale, shift, eps)
-        except RuntimeError:
-            check_norm(x, weight, bias)  # says what was wrong
-            raise
     x = autocast_wide(x, weight)
     check_norm(x, weight, bias)
     if is_compiling():

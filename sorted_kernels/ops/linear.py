@@ -11,8 +11,8 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, OptionError, ShapeError
-from sorted_kernels.ops import backend
-from sorted_kernels.ops.backend import implementation, in_plain_torch
+from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.blocks import Blocks
 from sorted_kernels.ops.checks import (
     autocast,
     check_count,
@@ -23,13 +23,12 @@ from sorted_kernels.ops.checks import (
 )
 from sorted_kernels.ops.gradient import (
     ANCHOR,
+    IN_PLACE_TWICE,
     GradientSlot,
     detached,
     lands,
-    prefix_leaf,
-    prefix_view,
+    parameters_wanted,
 )
-from sorted_kernels.ops.leaf import IN_PLACE_TWICE
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference import linear as reference
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
@@ -194,40 +193,51 @@ class _Linear(Function):
         return dx, *[None] * 8
 
 
-class _LinearBlock(Function):
-    """In-place gradients in plain PyTorch on a view of the block: as little Python as can be."""
+class _LinearOnBlocks(Function):
+    """In-place gradients in plain PyTorch: as little Python as can be."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        block: Tensor,
-        bias: Tensor | None,
-        weight_slot: GradientSlot | None,
-        bias_slot: GradientSlot | None,
-        anchor: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, blocks: Blocks, anchor: Tensor) -> Tensor:
+        weight = blocks.weight
         ctx.save_for_backward(
-            x if weight_slot is not None else None, block if ctx.needs_input_grad[0] else None
+            x if blocks.weight_slot is not None else None, weight if x.requires_grad else None
         )
-        ctx.slots, ctx.in_features = (weight_slot, bias_slot), x.shape[-1]
-        return F.linear(x, block, bias)
+        ctx.blocks = blocks
+        return F.linear(x, weight, blocks.bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
-        x, block = ctx.saved_tensors
-        weight_slot, bias_slot = ctx.slots
-        dx = None if block is None else dy @ block
-        m, k = dy.shape[-1], ctx.in_features
-        rows = dy if dy.dim() == 2 else dy.reshape(-1, m)
-        if weight_slot is not None and lands(weight_slot):
-            x_rows = x if x.dim() == 2 else x.reshape(-1, k)
-            reference.linear_wgrad_into(rows, x_rows, *weight_slot.prefix(m, k))
-        if bias_slot is not None and lands(bias_slot):
-            reference.bias_grad_into(rows, *bias_slot.prefix(m))
-        return dx, None, None, None, None, None
+        x, weight = ctx.saved_tensors
+        blocks = ctx.blocks
+        dx = None if weight is None else dy @ weight
+        if parameters_wanted():
+            m, k = blocks.sizes
+            rows = dy if dy.dim() == 2 else dy.reshape(-1, m)
+            if x is not None:
+                x_rows = x if x.dim() == 2 else x.reshape(-1, k)
+                reference.linear_wgrad_into(rows, x_rows, *blocks.weight_slot.prefix(m, k))
+            if blocks.bias_slot is not None:
+                reference.bias_grad_into(rows, *blocks.bias_slot.prefix(m))
+        return dx, None, None
+
+
+# Function.apply looks for functorch's wrappers first; whoever has blocks has done so.
+_apply_on_blocks = super(Function, _LinearOnBlocks).apply
+
+
+def linear_on_blocks(x: Tensor, blocks: Blocks, activation: str) -> Tensor:
+    """:func:`linear` for layers that have their blocks at hand.
+
+    Raises:
+        RuntimeError: PyTorch's own error; :func:`check_linear` says what was wrong.
+    """
+    if blocks.train and torch.is_grad_enabled():
+        z = _apply_on_blocks(x, blocks, ANCHOR)
+    else:
+        z = F.linear(x, blocks.weight, blocks.bias)
+    return z if activation == "none" else activate(z, activation)
 
 
 def _save(
@@ -370,24 +380,6 @@ def run_linear(
     dense: bool,
 ) -> Tensor:
     """:func:`linear` for layers, whose slots say where gradients land (``dense``: not there)."""
-    if not dense and in_plain_torch("linear", x):
-        k = x.shape[-1]
-        try:
-            if out_features * k <= backend.LEAF_ELEMENTS:
-                block = prefix_leaf(weight_slot, weight, out_features, k)
-                shift = None if bias is None else prefix_leaf(bias_slot, bias, out_features)
-                z = F.linear(x, block, shift)
-            elif not torch.is_autocast_enabled(x.device.type):
-                block = prefix_view(weight_slot, weight, out_features, k)
-                shift = None if bias is None else prefix_view(bias_slot, bias, out_features)
-                z = _LinearBlock.apply(x, block, shift, weight_slot, bias_slot, ANCHOR)
-            else:
-                z = None
-        except RuntimeError:
-            check_linear(x, weight, bias, out_features, activation)  # says what was wrong
-            raise
-        if z is not None:
-            return z if activation == "none" else activate(z, activation)
     x = autocast(x)
     check_linear(x, weight, bias, out_features, activation)
     if is_compiling():

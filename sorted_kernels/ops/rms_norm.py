@@ -12,8 +12,7 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, GradientSlot, detached, lands
-from sorted_kernels.ops.leaf import IN_PLACE_TWICE
+from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, lands
 from sorted_kernels.ops.library import LIBRARY
 
 LIBRARY.define("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")

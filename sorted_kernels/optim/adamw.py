@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sorted_kernels.errors import OptionError
 from sorted_kernels.ops import optimizer  # noqa: F401  (defines the ops)
@@ -61,9 +62,9 @@ class AdamW(StaircaseOptimizer):
         }
         super().__init__(params, defaults, update, clear_grads)
 
-    def _apply(self, group: dict[str, Any], bucket: Bucket) -> None:
+    def _apply(self, group: dict[str, Any], bucket: Bucket, params: list[Tensor]) -> None:
         torch.ops.sorted_kernels.staircase_adamw_.default(
-            bucket.params,
+            params,
             bucket.grads,
             *bucket.states,
             bucket.masters,

@@ -24,11 +24,13 @@ class Record:
     """What the optimizer keeps at hand of one parameter: its slot, and its tensors as a matrix."""
 
     __slots__ = (
-        "param", "matrix", "reshaped", "whole", "inner", "state", "states", "master", "slot",
+        "param", "matrix", "pointer", "kind", "reshaped", "whole", "inner", "state", "states",
+        "master", "slot",
     )  # fmt: skip
 
     def __init__(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
         self.param, self.state, self.slot = param, state, slot_if_any(param)
+        self.pointer, self.kind = param.data_ptr(), (param.device, param.dtype)
         self.matrix = as_matrix(param.detach())
         self.reshaped = self.matrix.dim() != param.dim()
         cols = param.shape[1] if param.dim() > 1 else 1
@@ -48,15 +50,32 @@ def as_matrix(tensor: Tensor) -> Tensor:
 class Bucket:
     """Parameters of one group that share device and dtypes, as the ops take them."""
 
-    __slots__ = ("params", "grads", "masters", "states", "bands", "steps")
+    __slots__ = ("records", "grads", "bands")
 
-    def __init__(self, state_count: int) -> None:
-        self.params: list[Tensor] = []
+    def __init__(self) -> None:
+        self.records: list[Record] = []
         self.grads: list[Tensor] = []
-        self.masters: list[Tensor] = []
-        self.states: list[list[Tensor]] = [[] for _ in range(state_count)]
         self.bands: list[int] = []
-        self.steps: list[int] = []
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters as matrices."""
+        return [record.matrix for record in self.records]
+
+    @property
+    def states(self) -> list[list[Tensor]]:
+        """One list a state."""
+        return [list(states) for states in zip(*[r.states for r in self.records], strict=True)]
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The float32 masters of half-precision parameters; empty for others."""
+        return [record.master for record in self.records if record.master is not None]
+
+    @property
+    def steps(self) -> list[int]:
+        """How often each parameter has moved, this step included."""
+        return [record.state["step"] for record in self.records]
 
 
 class StaircaseOptimizer(torch.optim.Optimizer):
@@ -80,7 +99,7 @@ class StaircaseOptimizer(torch.optim.Optimizer):
             if not defaults[name] >= 0:
                 raise OptionError(f"{name}={defaults[name]!r} must be at least 0")
         self.update, self.clear_grads = update, clear_grads
-        self._records: dict[Tensor, Record] = {}
+        self._records: dict[int, Record] = {}  # by id(param)
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -108,11 +127,12 @@ class StaircaseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for bucket in self._collect(group):
-                self._apply(group, bucket)
-                increment_version(bucket.params)
+                params = bucket.params
+                self._apply(group, bucket, params)
+                increment_version(params)
         return loss
 
-    def _apply(self, group: dict[str, Any], bucket: Bucket) -> None:
+    def _apply(self, group: dict[str, Any], bucket: Bucket, params: list[Tensor]) -> None:
         raise NotImplementedError
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -121,41 +141,36 @@ class StaircaseOptimizer(torch.optim.Optimizer):
     def _collect(self, group: dict[str, Any]) -> Iterable[Bucket]:
         """Gather gradients, states and bands: the host time of a step."""
         names = self._state_names(group)
-        buckets: dict[tuple[torch.device, torch.dtype, torch.dtype], Bucket] = {}
-        bucket, bucket_key = Bucket(len(names)), None
+        buckets: dict[Any, Bucket] = {}
+        bucket, kind, grad_dtype = Bucket(), None, None
+        whole = self.update == "whole"
         for param in group["params"]:
             grad = param.grad
             if grad is None:
                 continue
-            record = self._records.get(param)
+            record = self._records.get(id(param))
             if (
                 record is None
-                or record.matrix.data_ptr() != param.data_ptr()
+                or record.pointer != param.data_ptr()
                 or len(record.states) != len(names)  # momentum was turned on or off
             ):
                 record = self._make_record(param, grad, names)
             slot = record.slot
             if slot is not None and grad is not slot.buffer:
                 slot = None  # this gradient came another way
-            if self.update == "whole":
+            if whole:
                 corners = record.whole
             else:
                 corners = (slot.staircase if slot is not None else staircase_of(param)).corners
                 if not corners:
                     continue
-            key = (param.device, param.dtype, grad.dtype)
-            if key != bucket_key:
-                bucket_key = key
-                bucket = buckets.setdefault(key, Bucket(len(names)))
-            index, begin, inner = len(bucket.params), 0, record.inner
-            bucket.params.append(record.matrix)
+            if record.kind != kind or grad.dtype is not grad_dtype:
+                kind, grad_dtype = record.kind, grad.dtype
+                bucket = buckets.setdefault((kind, grad_dtype), Bucket())
+            index, begin, inner = len(bucket.records), 0, record.inner
+            bucket.records.append(record)
             bucket.grads.append(as_matrix(grad) if record.reshaped else grad)
-            for held, tensor in zip(bucket.states, record.states):  # noqa: B905  (hot loop)
-                held.append(tensor)
-            if record.master is not None:
-                bucket.masters.append(record.master)
-            step = record.state["step"] = record.state["step"] + 1
-            bucket.steps.append(step)
+            record.state["step"] += 1
             for rows, cols in reversed(corners):
                 bucket.bands += (index, begin, rows, cols * inner)
                 begin = rows
@@ -174,7 +189,7 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         for name in names:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=wide, memory_format=_DENSE)
-        record = self._records[param] = Record(param, state, names)
+        record = self._records[id(param)] = Record(param, state, names)
         return record
 
     def zero_grad(self, set_to_none: bool = True) -> None:
