@@ -15,7 +15,8 @@
 set -u
 
 # PICTURES and ENVIRONMENT come last: REPORT keeps time for them, and TOTAL leaves some to spare.
-readonly TOTAL=520 BUILD=140 TESTS=150 SANITIZER=80 REPORT=30 PICTURES=20 ENVIRONMENT=15
+readonly TOTAL=510 BUILD=140 TESTS=150 SANITIZER=80 REPORT=30 PICTURES=20 ENVIRONMENT=15 KILL=5
+readonly WITHIN=(timeout --kill-after="$KILL") # what hangs in a driver does not end when told to
 
 usage() { sed -n '4,8s/^# \{0,2\}//p' "$0"; }
 
@@ -54,7 +55,7 @@ cd "$(dirname "$0")/.." || exit 2
 scratch="$(mktemp -d)"
 child=""
 trap 'rm -rf "$scratch"' EXIT
-trap '[ -z "$child" ] || kill "$child"; exit 130' INT TERM # timeout passes it on to its command
+trap '[ -z "$child" ] || kill "$child"; exit 130' INT TERM
 : > "$scratch/stages.tsv"
 for name in build.log tests.log sanitizer.log bench.log benchmarks.csv environment.json \
   speedup.png step_time.png; do
@@ -91,7 +92,7 @@ stage() {
   fi
   say "$name: at most ${limit}s"
   echo "\$ $*" >> "$log"
-  timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 < /dev/null &
+  "${WITHIN[@]}" "$limit" "$@" >> "$log" 2>&1 < /dev/null &
   child=$!
   wait "$child"
   code=$?
@@ -107,7 +108,9 @@ stage() {
 }
 
 has_module() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
-has_gpu() { "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; }
+has_gpu() {
+  "${WITHIN[@]}" 60 "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+}
 
 gpu=0
 [ "$dry_run" = 1 ] || ! has_gpu || gpu=1
@@ -187,8 +190,8 @@ else
     --only speedup step_time # bench.report draws the third from the CSV
 fi
 [ ! -f "$out/bench.log" ] || tail -n 60 "$out/bench.log"
-timeout "$ENVIRONMENT" "$python" -m bench.environment "$out" --stages "$scratch/stages.tsv" \
-  --junit "$scratch/tests.xml" || failures=$((failures + 1))
+"${WITHIN[@]}" "$ENVIRONMENT" "$python" -m bench.environment "$out" \
+  --stages "$scratch/stages.tsv" --junit "$scratch/tests.xml" || failures=$((failures + 1))
 
 say "stages:"
 sed 's/\t/: /; s/\t\([0-9]*\)$/ (\1s)/; s/^/        /' "$scratch/stages.tsv"

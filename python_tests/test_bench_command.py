@@ -128,20 +128,16 @@ def test_bad_arguments(arguments, capsys):
 
 @pytest.mark.parametrize("family", list(command.FAMILIES))
 def test_contestants_agree_on_the_quick_cases(family):
+    """On something: a result that is all zeros would agree with another that was never computed."""
     cases = command.FAMILIES[family](CPU, True)
     assert cases and len({str(case) for case in cases}) == len(cases)
     for case in cases:
-        assert "ours" in case.contestants
-        check_agreement(case, {name: build() for name, build in case.contestants.items()})
-
-
-@pytest.mark.parametrize("family", ["linear_step", "model_step", "kernels"])
-def test_all_contestants_of_work_that_has_a_result_are_compared(family):
-    for case in command.FAMILIES[family](CPU, True):
-        for name, build in case.contestants.items():
-            contestant = build()
-            contestant.call()
-            assert all(tensor.any() for tensor in contestant.outcome()), (str(case), name)
+        contestants = {name: build() for name, build in case.contestants.items()}
+        assert "ours" in contestants
+        check_agreement(case, contestants)
+        for name, contestant in contestants.items():
+            assert contestant.outcome or family == "host", (str(case), name)
+            assert all(tensor.any() for tensor in (contestant.outcome or list)()), (str(case), name)
 
 
 def test_help(capsys):
