@@ -136,7 +136,8 @@ def test_contestants_agree_on_the_quick_cases(family):
         assert "ours" in contestants
         check_agreement(case, contestants)
         for name, contestant in contestants.items():
-            assert contestant.outcome or family == "host", (str(case), name)
+            more = name == "full"  # all rows at full size: another, larger problem
+            assert contestant.outcome or more or family == "host", (str(case), name)
             assert all(tensor.any() for tensor in (contestant.outcome or list)()), (str(case), name)
 
 

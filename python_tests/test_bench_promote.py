@@ -76,7 +76,7 @@ def test_every_kernel_has_tests_and_a_gpu_run_selects_them():
     assert set(promote.TESTS) == set(KERNELS)
     for name in promote.TESTS.values():
         text = (Path(__file__).parent / f"{name}.py").read_text()
-        assert re.search(r"^def test_\w+\(device\b|^from .*\bDEVICE\b|^    DEVICE,$", text, re.M)
+        assert re.search(r"^def \w+\(device\b|^from .*\bDEVICE\b|^    DEVICE,$", text, re.M)
 
 
 def test_a_run_in_which_all_passed_promotes_everything(record, results, capsys):
