@@ -136,6 +136,14 @@ def ragged_embedding_backward():
     yield torch.randn(4, 4), torch.randint(5, (4,)), 5, RUNS, 2
 
 
+def ragged_linear_accumulate():
+    yield torch.randn(4, 5), torch.randn(4, 4), *slot(6, 5), RUNS
+
+
+def ragged_embedding_accumulate():
+    yield torch.randn(4, 4), torch.randint(5, (4,)), *slot(5, 6), 5, RUNS, 2
+
+
 def staircase_adamw_():
     bands, options = [0, 0, 2, 3, 0, 2, 4, 1, 1, 0, 3, 1], (1e-3, 0.9, 0.99, 1e-8, 0.1)
     for dtype, masters in ((torch.float32, []), (torch.bfloat16, [(4, 5), (5,)])):
@@ -158,7 +166,7 @@ SAMPLES = {
         embedding_accumulate, staircase_adamw_, staircase_sgd_, ragged_linear,
         ragged_linear_dgrad, ragged_linear_wgrad, ragged_linear_bias_grad, ragged_layer_norm,
         ragged_layer_norm_backward, ragged_rms_norm, ragged_rms_norm_backward, ragged_embedding,
-        ragged_embedding_backward,
+        ragged_embedding_backward, ragged_linear_accumulate, ragged_embedding_accumulate,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed

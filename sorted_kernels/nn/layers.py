@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import OptionError, ShapeError
 from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
 from sorted_kernels.ops.blocks import BlockCache, Blocks
-from sorted_kernels.ops.embedding import run_embedding
+from sorted_kernels.ops.embedding import embedding_of_rows, run_embedding
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 from sorted_kernels.ops.layer_norm import check_norm, layer_norm_on_blocks, run_layer_norm
 from sorted_kernels.ops.linear import check_linear, linear_of_rows, linear_on_blocks, run_linear
@@ -378,7 +378,9 @@ class Embedding(ElasticModule, torch.nn.Embedding):
         weight = self.weight
         slot, _, dense = self._gradient_path(weight)
         padding = -1 if self.padding_idx is None else self.padding_idx
-        features = self.features_axis.size() if widths is None else widths
+        if widths is not None:
+            return embedding_of_rows(indices, weight, widths, padding, slot, dense)
+        features = self.features_axis.size()
         return run_embedding(indices, weight, features, padding, slot, dense)
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.checks import FLOATS, check_count, check_parameter, embed_prefix
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
+from sorted_kernels.ops.ragged import check_widths
 from sorted_kernels.ops.ragged_embedding import run_ragged_embedding
 from sorted_kernels.row_widths import RowWidths
 
@@ -197,21 +198,34 @@ def embedding(
         if not -rows <= padding_idx < rows:
             raise ShapeError(f"padding_idx={padding_idx} is not in {-rows}..{rows - 1}")
         padding = padding_idx % rows
+    if isinstance(k, RowWidths):
+        return embedding_of_rows(indices, weight, k, padding, None, True)
     return run_embedding(indices, weight, k, padding, None, True)
+
+
+def embedding_of_rows(
+    indices: Tensor,
+    weight: Tensor,
+    widths: RowWidths,
+    padding_idx: int,
+    slot: GradientSlot | None,
+    dense: bool,
+) -> Tensor:
+    """:func:`embedding` on a ragged batch, for layers too."""
+    check_widths(widths)
+    check_embedding(indices, weight, widths.in_features)
+    return run_ragged_embedding(indices, weight, widths, padding_idx, slot, dense)
 
 
 def run_embedding(
     indices: Tensor,
     weight: Tensor,
-    features: int | RowWidths,
+    features: int,
     padding_idx: int,
     slot: GradientSlot | None,
     dense: bool,
 ) -> Tensor:
     """:func:`embedding` for layers, whose slot says where the gradient lands."""
-    if isinstance(features, RowWidths):
-        check_embedding(indices, weight, features.in_features)
-        return run_ragged_embedding(indices, weight, features, padding_idx, slot, dense)
     check_embedding(indices, weight, features)
     if is_compiling():
         if dense:

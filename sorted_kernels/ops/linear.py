@@ -30,7 +30,7 @@ from sorted_kernels.ops.gradient import (
     parameters_wanted,
 )
 from sorted_kernels.ops.library import LIBRARY
-from sorted_kernels.ops.ragged import check_rows
+from sorted_kernels.ops.ragged import checked_rows
 from sorted_kernels.ops.ragged_linear import run_ragged_linear
 from sorted_kernels.reference import linear as reference
 from sorted_kernels.reference.linear import ACTIVATIONS, activate, activation_backward
@@ -394,12 +394,9 @@ def linear_of_rows(
     dense: bool,
 ) -> Tensor:
     """:func:`linear` on a ragged batch, for layers too."""
-    check_rows(x, widths)
-    narrow = x[:, : widths.in_features]
-    check_linear(narrow, weight, bias, widths.out_features, activation)
-    return run_ragged_linear(
-        narrow, weight, bias, widths, activation, weight_slot, bias_slot, dense
-    )
+    x = checked_rows(x, widths)
+    check_linear(x, weight, bias, widths.out_features, activation)
+    return run_ragged_linear(x, weight, bias, widths, activation, weight_slot, bias_slot, dense)
 
 
 def run_linear(

@@ -6,9 +6,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, ShapeError
 from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.gradient import GradientSlot
 from sorted_kernels.reference import ragged as reference
 from sorted_kernels.row_widths import RowWidths
 
@@ -39,16 +41,62 @@ def ragged_implementation(op: str, function: str, x: Tensor) -> ModuleType:
     return module if hasattr(module, function) else reference
 
 
-def check_rows(x: Tensor, widths: RowWidths, name: str = "x") -> None:
-    """A ragged batch has two axes, a row for each of the widths', and enough features."""
+def dense_rows(x: Tensor) -> Tensor:
+    """An activation (N, k) with unit inner stride, as back ends read it.
+
+    Only one that has none is copied: the expanded gradient of a sum, for example.
+    """
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def announce(y: Tensor, *expected: tuple[GradientSlot | None, int, int]) -> None:
+    """Have the staircases of a layer's parameters know what autograd's dense gradients cover.
+
+    Args:
+        y: The layer's output.
+        *expected: A parameter's slot, and rows and columns of its largest prefix.
+    """
+    slots = [(slot, m, k) for slot, m, k in expected if slot is not None]
+    if is_compiling() or not slots or torch._C._are_functorch_transforms_active():
+        return
+
+    def expect(_: Tensor) -> None:
+        for slot, m, k in slots:
+            slot.expect(m, k)
+
+    if y.requires_grad:
+        y.register_hook(expect)
+
+
+def check_widths(widths: object) -> None:
+    """Sizes that are not a count are RowWidths."""
+    if not isinstance(widths, RowWidths):
+        raise ShapeError(
+            f"features, or a layer's widths, is {widths!r}; the sizes of a ragged batch are given "
+            "as RowWidths"
+        )
+
+
+def checked_rows(x: Tensor, widths: RowWidths) -> Tensor:
+    """The columns of a ragged batch that its largest row uses.
+
+    Raises:
+        ShapeError: ``widths`` are not RowWidths; or x has not two axes, a row for each of the
+            widths', and enough features.
+    """
+    check_widths(widths)
     if x.dim() != 2:
         raise ShapeError(
-            f"{name} has shape {tuple(x.shape)}; a ragged batch has two axes, (rows, features)"
+            f"x has shape {tuple(x.shape)}; a ragged batch has two axes, (rows, features)"
         )
     if x.shape[0] != widths.rows:
-        raise ShapeError(f"{name} has {x.shape[0]} rows; the RowWidths have {widths.rows}")
+        raise ShapeError(f"x has {x.shape[0]} rows; the RowWidths have {widths.rows}")
     if x.shape[1] < widths.in_features:
         raise ShapeError(
-            f"{name} has {x.shape[1]} features, fewer than the largest in_features of the "
+            f"x has {x.shape[1]} features, fewer than the largest in_features of the "
             f"RowWidths, {widths.in_features}"
         )
+    # No view where it is x itself: the gradient of a slice is a copy.
+    return x if x.shape[1] == widths.in_features else x[:, : widths.in_features]

@@ -13,7 +13,12 @@ from sorted_kernels.errors import GradientError, ShapeError
 from sorted_kernels.ops.checks import embed_prefix
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
-from sorted_kernels.ops.ragged import ragged_implementation, refuse_double_backward, triples
+from sorted_kernels.ops.ragged import (
+    announce,
+    ragged_implementation,
+    refuse_double_backward,
+    triples,
+)
 from sorted_kernels.row_widths import RowWidths
 
 LIBRARY.define(
@@ -22,6 +27,10 @@ LIBRARY.define(
 LIBRARY.define(
     "ragged_embedding_backward(Tensor dy, Tensor indices, SymInt rows, SymInt[] runs,"
     " SymInt padding_idx) -> Tensor"
+)
+LIBRARY.define(
+    "ragged_embedding_accumulate(Tensor dy, Tensor indices, Tensor(a!) token, SymInt handle,"
+    " SymInt rows, SymInt[] runs, SymInt padding_idx) -> ()"
 )
 
 
@@ -49,6 +58,22 @@ for _device in ("CPU", "CUDA"):
     LIBRARY.impl("ragged_embedding_backward", _backward, _device)
 
 
+def _accumulate(
+    dy: Tensor,
+    indices: Tensor,
+    token: Tensor,
+    handle: int,
+    rows: int,
+    runs: list[int],
+    padding_idx: int,
+) -> None:
+    out, accumulate = GradientSlot.by_handle(handle).prefix(rows, runs[2])
+    _backward_into(dy, indices, runs, out, accumulate, padding_idx)
+
+
+LIBRARY.impl("ragged_embedding_accumulate", _accumulate, "CompositeExplicitAutograd")
+
+
 @torch.library.register_fake("sorted_kernels::ragged_embedding", lib=LIBRARY)
 def _fake(indices: Tensor, weight: Tensor, runs: list[int], padding_idx: int) -> Tensor:
     return weight.new_empty((indices.shape[0], runs[2]))
@@ -59,6 +84,19 @@ def _backward_fake(
     dy: Tensor, indices: Tensor, rows: int, runs: list[int], padding_idx: int
 ) -> Tensor:
     return dy.new_empty((rows, runs[2]))
+
+
+@torch.library.register_fake("sorted_kernels::ragged_embedding_accumulate", lib=LIBRARY)
+def _accumulate_fake(
+    dy: Tensor,
+    indices: Tensor,
+    token: Tensor,
+    handle: int,
+    rows: int,
+    runs: list[int],
+    padding_idx: int,
+) -> None:
+    return None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -94,7 +132,8 @@ class _RaggedEmbedding(Function):
         slot: GradientSlot,
         anchor: Tensor,
     ) -> Tensor:
-        y = _embedding(indices, weight, runs, padding_idx)
+        run = torch.ops.sorted_kernels.ragged_embedding if is_compiling() else _embedding
+        y = run(indices, weight, runs, padding_idx)
         _setup(ctx, (indices, weight, runs, padding_idx), y)
         ctx.slot = slot
         return y
@@ -103,10 +142,18 @@ class _RaggedEmbedding(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
-        if lands(ctx.slot):
-            (indices,) = ctx.saved_tensors
-            out, accumulate = ctx.slot.prefix(ctx.shape[0], ctx.runs[2])
-            _backward_into(dy, indices, ctx.runs, out, accumulate, ctx.padding_idx)
+        slot = ctx.slot
+        if not lands(slot):
+            return (None,) * 6
+        (indices,) = ctx.saved_tensors
+        rows, runs = ctx.shape[0], ctx.runs
+        if is_compiling():
+            torch.ops.sorted_kernels.ragged_embedding_accumulate(
+                dy, indices, slot.token, slot.handle, rows, runs, ctx.padding_idx
+            )
+        else:
+            out, accumulate = slot.prefix(rows, runs[2])
+            _backward_into(dy, indices, runs, out, accumulate, ctx.padding_idx)
         return (None,) * 6
 
 
@@ -125,6 +172,8 @@ def run_ragged_embedding(
             f"RowWidths' {widths.rows} rows"
         )
     runs = widths.flat()
-    if dense or slot is None or is_compiling() or not torch.is_grad_enabled():
-        return torch.ops.sorted_kernels.ragged_embedding(indices, weight, runs, padding_idx)
+    if dense or slot is None or not torch.is_grad_enabled():
+        y = torch.ops.sorted_kernels.ragged_embedding(indices, weight, runs, padding_idx)
+        announce(y, (slot, weight.shape[0], widths.in_features))
+        return y
     return _RaggedEmbedding.apply(indices, weight.detach(), runs, padding_idx, slot, ANCHOR)

@@ -14,6 +14,8 @@ from sorted_kernels.ops.checks import autocast
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.ops.ragged import (
+    announce,
+    dense_rows,
     largest,
     ragged_implementation,
     refuse_double_backward,
@@ -29,6 +31,10 @@ LIBRARY.define(
 LIBRARY.define("ragged_linear_dgrad(Tensor dy, Tensor weight, SymInt[] runs) -> Tensor")
 LIBRARY.define("ragged_linear_wgrad(Tensor dy, Tensor x, Tensor weight, SymInt[] runs) -> Tensor")
 LIBRARY.define("ragged_linear_bias_grad(Tensor dy, Tensor bias, SymInt[] runs) -> Tensor")
+LIBRARY.define(
+    "ragged_linear_accumulate(Tensor dy, Tensor x, Tensor(a!) token, SymInt handle,"
+    " SymInt[] runs) -> ()"
+)
 
 
 def _backend(x: Tensor) -> Any:
@@ -42,17 +48,18 @@ def _linear(
         m, k = largest(runs)
         weight = weight[:m, :k].to(x.dtype)
         bias = None if bias is None else bias[:m].to(x.dtype)
-    return _backend(x).ragged_linear(x, weight, bias, triples(runs), activation, save)
+    return _backend(x).ragged_linear(dense_rows(x), weight, bias, triples(runs), activation, save)
 
 
 def _dgrad(dy: Tensor, weight: Tensor, runs: list[int]) -> Tensor:
     if weight.dtype != dy.dtype:
         m, k = largest(runs)
         weight = weight[:m, :k].to(dy.dtype)
-    return _backend(dy).ragged_dgrad(dy, weight, triples(runs))
+    return _backend(dy).ragged_dgrad(dense_rows(dy), weight, triples(runs))
 
 
 def _wgrad_into(dy: Tensor, x: Tensor, runs: list[int], out: Tensor, accumulate: bool) -> None:
+    dy, x = dense_rows(dy), dense_rows(x)
     if dy.dtype != out.dtype:  # autocast: half-precision activations, float32 gradients
         product = torch.empty(out.shape, dtype=dy.dtype, device=dy.device)
         _backend(dy).ragged_wgrad_into(dy, x, triples(runs), product, False)
@@ -62,6 +69,7 @@ def _wgrad_into(dy: Tensor, x: Tensor, runs: list[int], out: Tensor, accumulate:
 
 
 def _bias_grad_into(dy: Tensor, runs: list[int], out: Tensor, accumulate: bool) -> None:
+    dy = dense_rows(dy)
     if dy.dtype != out.dtype:
         total = torch.empty(out.shape, dtype=dy.dtype, device=dy.device)
         _backend(dy).ragged_bias_grad_into(dy, triples(runs), total, False)
@@ -94,6 +102,14 @@ for _name, _function in {
     LIBRARY.impl(_name, _function, "CUDA")
 
 
+def _accumulate(dy: Tensor, x: Tensor, token: Tensor, handle: int, runs: list[int]) -> None:
+    slot = GradientSlot.by_handle(handle)
+    _wgrad_into(dy, x, runs, *slot.prefix(*largest(runs)))
+
+
+LIBRARY.impl("ragged_linear_accumulate", _accumulate, "CompositeExplicitAutograd")
+
+
 @torch.library.register_fake("sorted_kernels::ragged_linear", lib=LIBRARY)
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, runs: list[int], activation: str, save: bool
@@ -116,6 +132,11 @@ def _wgrad_fake(dy: Tensor, x: Tensor, weight: Tensor, runs: list[int]) -> Tenso
 @torch.library.register_fake("sorted_kernels::ragged_linear_bias_grad", lib=LIBRARY)
 def _bias_grad_fake(dy: Tensor, bias: Tensor, runs: list[int]) -> Tensor:
     return dy.new_empty(bias.shape, dtype=bias.dtype)
+
+
+@torch.library.register_fake("sorted_kernels::ragged_linear_accumulate", lib=LIBRARY)
+def _accumulate_fake(dy: Tensor, x: Tensor, token: Tensor, handle: int, runs: list[int]) -> None:
+    return None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -175,7 +196,8 @@ class _RaggedLinear(Function):
         bias_slot: GradientSlot | None,
         anchor: Tensor,
     ) -> Tensor:
-        y, saved = _linear(x, weight, bias, runs, activation, True)
+        run = torch.ops.sorted_kernels.ragged_linear if is_compiling() else _linear
+        y, saved = run(x, weight, bias, runs, activation, activation != "none")
         _save(ctx, x, weight, runs, activation, y, saved)
         ctx.slots = (weight_slot, bias_slot)
         return y
@@ -187,14 +209,23 @@ class _RaggedLinear(Function):
         x, weight, saved = ctx.saved_tensors
         weight_slot, bias_slot = ctx.slots
         dz = dy if saved is None else activation_backward(dy, saved, ctx.activation)
-        dx = None
+        dx, runs, (m, k) = None, ctx.runs, largest(ctx.runs)
+        ops = torch.ops.sorted_kernels
         if ctx.needs_input_grad[0]:
-            dx = _dgrad(dz, weight, ctx.runs)
-        m, k = largest(ctx.runs)
+            dgrad = ops.ragged_linear_dgrad if is_compiling() else _dgrad
+            dx = dgrad(dz, weight, runs)
         if lands(weight_slot):
-            _wgrad_into(dz, x, ctx.runs, *weight_slot.prefix(m, k))
+            if is_compiling():
+                token, handle = weight_slot.token, weight_slot.handle
+                ops.ragged_linear_accumulate(dz, x, token, handle, runs)
+            else:
+                _wgrad_into(dz, x, runs, *weight_slot.prefix(m, k))
         if lands(bias_slot):
-            _bias_grad_into(dz, ctx.runs, *bias_slot.prefix(m))
+            if is_compiling():
+                gradient = ops.ragged_linear_bias_grad(dz, dz.new_empty(m), runs)
+                ops.accumulate_prefix(gradient, bias_slot.token, bias_slot.handle)
+            else:
+                _bias_grad_into(dz, runs, *bias_slot.prefix(m))
         return dx, *[None] * 7
 
 
@@ -211,9 +242,12 @@ def run_ragged_linear(
     """:func:`sorted_kernels.linear` on a ragged batch x (N, largest k); the caller has checked."""
     x = autocast(x)
     runs = widths.flat()
-    if dense or is_compiling() or not torch.is_grad_enabled():
+    if dense or not torch.is_grad_enabled():
         save = activation != "none"
-        return torch.ops.sorted_kernels.ragged_linear(x, weight, bias, runs, activation, save)[0]
+        y = torch.ops.sorted_kernels.ragged_linear(x, weight, bias, runs, activation, save)[0]
+        m, k = largest(runs)
+        announce(y, (weight_slot, m, k), (bias_slot, m, 1))
+        return y
     return _RaggedLinear.apply(
         x, weight.detach(), None if bias is None else bias.detach(), runs, activation,
         weight_slot, bias_slot, ANCHOR,

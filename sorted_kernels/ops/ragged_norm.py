@@ -14,7 +14,8 @@ from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, 
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.ops.ragged import (
-    check_rows,
+    announce,
+    checked_rows,
     ragged_implementation,
     refuse_double_backward,
     triples,
@@ -220,10 +221,13 @@ class _RaggedNorm(Function):
         bias_slot: GradientSlot | None,
         anchor: Tensor,
     ) -> Tensor:
+        ops, compiling = torch.ops.sorted_kernels, is_compiling()
         if kind == "layer_norm":
-            y, *statistics = _layer_norm(x, weight, bias, runs, eps)
+            layer_norm = ops.ragged_layer_norm if compiling else _layer_norm
+            y, *statistics = layer_norm(x, weight, bias, runs, eps)
         else:
-            y, *statistics = _rms_norm(x, weight, runs, eps)
+            rms_norm = ops.ragged_rms_norm if compiling else _rms_norm
+            y, *statistics = rms_norm(x, weight, runs, eps)
         ctx.save_for_backward(x, weight, *statistics)
         ctx.runs, ctx.kind, ctx.slots = runs, kind, (weight_slot, bias_slot)
         return y
@@ -233,7 +237,10 @@ class _RaggedNorm(Function):
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
         x, weight, *statistics = ctx.saved_tensors
-        runs, need_dx = triples(ctx.runs), ctx.needs_input_grad[0]
+        need_dx = ctx.needs_input_grad[0]
+        if is_compiling():
+            return _compiled_norm_backward(ctx, dy, x, weight, statistics), *[None] * 8
+        runs = triples(ctx.runs)
         (dw, add_weight), (db, add_bias) = (
             slot.prefix(ctx.runs[2]) if slot is not None and lands(slot) else (None, False)
             for slot in ctx.slots
@@ -249,6 +256,26 @@ class _RaggedNorm(Function):
         return dx, *[None] * 8
 
 
+def _compiled_norm_backward(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: list[Tensor]
+) -> Tensor | None:
+    """The same as ops that torch.compile keeps in its graph."""
+    ops, need_dx = torch.ops.sorted_kernels, ctx.needs_input_grad[0]
+    wanted = [lands(slot) for slot in ctx.slots]
+    if ctx.kind == "layer_norm":
+        dx, *gradients = ops.ragged_layer_norm_backward(
+            dy, x, *statistics, weight, ctx.runs, need_dx, *wanted
+        )
+    else:
+        dx, *gradients = ops.ragged_rms_norm_backward(
+            dy, x, *statistics, weight, ctx.runs, need_dx, wanted[0]
+        )
+    for slot, gradient, want in zip(ctx.slots, gradients, wanted, strict=False):
+        if want:
+            ops.accumulate_prefix(gradient, slot.token, slot.handle)
+    return dx if need_dx else None
+
+
 def run_ragged_norm(
     kind: str,
     x: Tensor,
@@ -261,16 +288,18 @@ def run_ragged_norm(
     dense: bool,
 ) -> Tensor:
     """Layer norm or RMS norm (``kind``, the op's name) of a ragged batch, for layers too."""
-    check_rows(x, widths)
-    x = autocast_wide(x, weight)[:, : widths.in_features]
+    x = autocast_wide(checked_rows(x, widths), weight)
     check_input(x)
     check_affine(x, weight, "weight")
     check_affine(x, bias, "bias")
     runs = widths.flat()
-    if dense or is_compiling() or not torch.is_grad_enabled():
+    if dense or not torch.is_grad_enabled():
         ops = torch.ops.sorted_kernels
         if kind == "layer_norm":
-            return ops.ragged_layer_norm(x, weight, bias, runs, eps)[0]
-        return ops.ragged_rms_norm(x, weight, runs, eps)[0]
+            y = ops.ragged_layer_norm(x, weight, bias, runs, eps)[0]
+        else:
+            y = ops.ragged_rms_norm(x, weight, runs, eps)[0]
+        announce(y, *((slot, widths.in_features, 1) for slot in (weight_slot, bias_slot)))
+        return y
     weight, bias = (None if param is None else param.detach() for param in (weight, bias))
     return _RaggedNorm.apply(x, weight, bias, runs, eps, kind, weight_slot, bias_slot, ANCHOR)
