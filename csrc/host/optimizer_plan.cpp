@@ -149,6 +149,11 @@ void set_bias_corrections(OptimizerPlan& plan, const std::vector<int64_t>& steps
       fail("steps[" + std::to_string(i) + "]=" + std::to_string(steps[i]) +
            " must be at least 1: it counts this update");
     }
+    if (i > 0 && steps[i] == steps[i - 1]) {  // most parameters have moved equally often
+      plan.tensors[i].step_size = plan.tensors[i - 1].step_size;
+      plan.tensors[i].inv_sqrt_bias2 = plan.tensors[i - 1].inv_sqrt_bias2;
+      continue;
+    }
     const double step = double(steps[i]);
     plan.tensors[i].step_size = options.lr / (1 - std::pow(options.beta1, step));
     plan.tensors[i].inv_sqrt_bias2 = 1 / std::sqrt(1 - std::pow(options.beta2, step));

@@ -6,10 +6,12 @@ when a size is first met; a forward then only looks whether it still holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from sorted_kernels.ops import backend
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
@@ -17,6 +19,18 @@ from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _autocast_is_active = torch._C._is_any_autocast_enabled
+
+
+def lean_apply(node: type[Function]) -> Callable[..., Any]:
+    """``node.apply`` for nodes on blocks, without what torch looks up at every call.
+
+    Forward: functorch's wrappers, which :meth:`Blocks.current` has looked for. Backward: whether
+    the node has a ``backward`` or a ``vjp``.
+    """
+    backward_node = getattr(node, "_backward_cls", None)
+    if backward_node is not None:
+        backward_node.apply = node.backward
+    return super(Function, node).apply
 
 
 class Blocks:

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops.backend import implementation
-from sorted_kernels.ops.blocks import Blocks
+from sorted_kernels.ops.blocks import Blocks, lean_apply
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
 from sorted_kernels.ops.gradient import (
     ANCHOR,
@@ -172,8 +172,7 @@ class _LayerNormOnBlocks(Function):
 
 
 _native_backward = torch.ops.aten.native_layer_norm_backward.default
-# Function.apply looks for functorch's wrappers first; whoever has blocks has done so.
-_apply_on_blocks = super(Function, _LayerNormOnBlocks).apply
+_apply_on_blocks = lean_apply(_LayerNormOnBlocks)
 
 
 def layer_norm_on_blocks(x: Tensor, blocks: Blocks, eps: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, OptionError, ShapeError
 from sorted_kernels.ops.backend import implementation, linear_implementation
-from sorted_kernels.ops.blocks import Blocks
+from sorted_kernels.ops.blocks import Blocks, lean_apply
 from sorted_kernels.ops.checks import (
     autocast,
     check_count,
@@ -230,8 +230,7 @@ class _LinearOnBlocks(Function):
         return dx, None, None
 
 
-# Function.apply looks for functorch's wrappers first; whoever has blocks has done so.
-_apply_on_blocks = super(Function, _LinearOnBlocks).apply
+_apply_on_blocks = lean_apply(_LinearOnBlocks)
 
 
 def linear_on_blocks(x: Tensor, blocks: Blocks, activation: str) -> Tensor:

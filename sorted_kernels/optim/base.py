@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,7 +31,8 @@ class Record:
 
     def __init__(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
         self.param, self.state, self.slot = param, state, slot_if_any(param)
-        self.pointer, self.kind = param.data_ptr(), (param.device, param.dtype)
+        self.pointer = param.data_ptr()
+        self.kind = sys.intern(f"{param.device} {param.dtype}")
         self.matrix = as_matrix(param.detach())
         self.reshaped = self.matrix.dim() != param.dim()
         cols = param.shape[1] if param.dim() > 1 else 1
@@ -144,11 +146,11 @@ class StaircaseOptimizer(torch.optim.Optimizer):
         buckets: dict[Any, Bucket] = {}
         bucket, kind, grad_dtype = Bucket(), None, None
         whole = self.update == "whole"
-        for param in group["params"]:
+        params = group["params"]
+        for param, record in zip(params, map(self._records.get, map(id, params)), strict=True):
             grad = param.grad
             if grad is None:
                 continue
-            record = self._records.get(id(param))
             if (
                 record is None
                 or record.pointer != param.data_ptr()
@@ -164,14 +166,14 @@ class StaircaseOptimizer(torch.optim.Optimizer):
                 corners = (slot.staircase if slot is not None else staircase_of(param)).corners
                 if not corners:
                     continue
-            if record.kind != kind or grad.dtype is not grad_dtype:
+            if record.kind is not kind or grad.dtype is not grad_dtype:
                 kind, grad_dtype = record.kind, grad.dtype
                 bucket = buckets.setdefault((kind, grad_dtype), Bucket())
             index, begin, inner = len(bucket.records), 0, record.inner
             bucket.records.append(record)
             bucket.grads.append(as_matrix(grad) if record.reshaped else grad)
             record.state["step"] += 1
-            for rows, cols in reversed(corners):
+            for rows, cols in corners if len(corners) == 1 else reversed(corners):
                 bucket.bands += (index, begin, rows, cols * inner)
                 begin = rows
             if self.clear_grads and slot is not None:
