@@ -30,7 +30,7 @@ def lean_apply(node: type[Function]) -> Callable[..., Any]:
     backward_node = getattr(node, "_backward_cls", None)
     if backward_node is not None:
         backward_node.apply = node.backward
-    return super(Function, node).apply
+    return super(Function, node).apply  # type: ignore[misc]
 
 
 class Blocks:
