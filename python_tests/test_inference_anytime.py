@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sorted_kernels as sk
 from sorted_kernels import DimensionError, OptionError, Submodel
-from sorted_kernels.inference import anytime, replay
-from sorted_kernels.models import elastic_residual_mlp
+from sorted_kernels.inference import anytime
+from sorted_kernels.models import elastic_residual_mlp, replay
 from sorted_kernels.nn import current
 from support.anytime import (
     Block,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sorted_kernels.errors import DimensionError, OptionError
-from sorted_kernels.inference import replay as replaying
-from sorted_kernels.inference.replay import Replay
+from sorted_kernels.models import replay as replaying
+from sorted_kernels.models.replay import Replay
 from sorted_kernels.nn import ElasticAxis, current, depth_lists, dimensions
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sorted_kernels.errors import CheckpointError, OptionError, SpaceError
 from sorted_kernels.nn.activation import active
 from sorted_kernels.submodel import Submodel, SubmodelSpace
+from sorted_kernels.training.exits import chains, forward_exits
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -41,6 +42,9 @@ class Objective:
         loss: ``loss(logits, targets) -> scalar``; cross entropy by default.
         forward: ``forward(model, batch) -> (logits, targets)``; by default the batch is a pair.
         reduction: Whether the gradient is that of the sum or of the mean of the losses.
+        share_depths: Whether sub-models of a micro-batch that differ in depth alone share one
+            forward, each an exit of it. It takes a model whose forward loops once over its only
+            depth list; with False each has a forward of its own.
 
     Attributes:
         last_submodels: The sub-models that the last call trained, in order.
@@ -57,6 +61,7 @@ class Objective:
         loss: Loss = F.cross_entropy,
         forward: Forward = forward_pair,
         reduction: Reduction = "sum",
+        share_depths: bool = True,
     ) -> None:
         if not isinstance(space, SubmodelSpace):
             raise SpaceError(
@@ -66,6 +71,7 @@ class Objective:
         if reduction not in ("mean", "sum"):
             raise OptionError(f"reduction is {reduction!r}; allowed are 'mean' and 'sum'")
         self.space, self.loss, self.forward, self.reduction = space, loss, forward, reduction
+        self.share_depths = share_depths
         self.last_submodels: list[Submodel] = []
 
     def choose(self) -> list[Submodel]:
@@ -88,19 +94,27 @@ class Objective:
 
         Raises:
             DimensionError: The model lacks a dimension of the space, or a size of it.
+            OptionError: Sub-models were to share a forward (``share_depths``), which the model's
+                forward does not allow.
         """
-        self.last_submodels = self.choose()
+        self.last_submodels = chosen = self.choose()
         if self.reduction == "mean":
-            scale = scale / len(self.last_submodels)
-        losses = [self._backward(model, s, batch, scale) for s in self.last_submodels]
-        return torch.stack(losses).mean()
+            scale = scale / len(chosen)
+        together = chains(model, chosen) if self.share_depths else [[s] for s in chosen]
+        return torch.cat([self._backward(model, c, batch, scale) for c in together]).mean()
 
-    def _backward(self, model: nn.Module, submodel: Submodel, batch: Any, scale: float) -> Tensor:
-        """Forward and backward of one sub-model against the labels; returns its loss."""
-        with active(model, submodel):
-            loss = self.loss(*self.forward(model, batch))
-            (loss * scale).backward()
-        return loss.detach()
+    def _backward(
+        self, model: nn.Module, chain: list[Submodel], batch: Any, scale: float
+    ) -> Tensor:
+        """Forward and backward of sub-models that share a forward; returns their losses."""
+        with active(model, chain[-1]):  # a loss may read the model, where depth is no matter
+            if len(chain) > 1:
+                pairs = forward_exits(model, chain, lambda: self.forward(model, batch))
+            else:
+                pairs = [self.forward(model, batch)]
+            losses = torch.stack([self.loss(*pair) for pair in pairs])
+            (losses.sum() * scale).backward()
+        return losses.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the objective: here nothing, as nothing is drawn."""
@@ -181,6 +195,7 @@ class StochasticSummation(_Sampling):
         cross: Train the full cross product at or below the draw.
         reduction: ``"sum"`` as in the paper; ``"mean"`` keeps the gradient's size the same
             however many sub-models the draw contains.
+        share_depths: See :class:`Objective`.
     """
 
     def __init__(
@@ -192,8 +207,12 @@ class StochasticSummation(_Sampling):
         seed: int = 0,
         cross: bool = False,
         reduction: Reduction = "sum",
+        share_depths: bool = True,
     ) -> None:
-        super().__init__(space, loss=loss, forward=forward, seed=seed, reduction=reduction)
+        super().__init__(
+            space, loss=loss, forward=forward, seed=seed, reduction=reduction,
+            share_depths=share_depths,
+        )  # fmt: skip
         self.cross = cross
 
     def choose(self) -> list[Submodel]:
@@ -220,6 +239,7 @@ class Summation(Objective):
         loss: ``loss(logits, targets) -> scalar``.
         forward: ``forward(model, batch) -> (logits, targets)``.
         reduction: ``"mean"`` (as in Sorted Fine-Tuning) or ``"sum"`` (as in slimmable networks).
+        share_depths: See :class:`Objective`.
     """
 
     def __init__(
@@ -229,8 +249,11 @@ class Summation(Objective):
         loss: Loss = F.cross_entropy,
         forward: Forward = forward_pair,
         reduction: Reduction = "mean",
+        share_depths: bool = True,
     ) -> None:
-        super().__init__(space, loss=loss, forward=forward, reduction=reduction)
+        super().__init__(
+            space, loss=loss, forward=forward, reduction=reduction, share_depths=share_depths
+        )
 
     def choose(self) -> list[Submodel]:
         """All of the space, largest first."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sorted_kernels.errors import OptionError
-from sorted_kernels.inference.calls import Call, Equal, Gone, Spent, SpentError, tensors
+from sorted_kernels.models.calls import Call, Equal, Gone, Spent, SpentError, tensors
 from sorted_kernels.nn import activate, current
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
@@ -162,10 +162,13 @@ class Replay:
         model: The model.
         name: Path of its depth list.
         blocks: Its depth list.
+        grad: Whether runs are recorded for a backward; every hidden state is kept then.
     """
 
-    def __init__(self, model: torch.nn.Module, name: str, blocks: DepthContainer) -> None:
-        self.model, self.blocks = model, blocks
+    def __init__(
+        self, model: torch.nn.Module, name: str, blocks: DepthContainer, *, grad: bool = False
+    ) -> None:
+        self.model, self.blocks, self.grad = model, blocks, grad
         self.progress = Progress()
         self.steps = [
             Step(f"block {i} of {name!r}", block, self.progress)
@@ -173,11 +176,13 @@ class Replay:
         ]
         self._stand_ins: list[torch.nn.Module] = [StandIn(step) for step in self.steps]
         self._stems = [Stem(module, self.progress) for module in _outside(model, blocks)]
-        self._keep_all = False
+        self._keep_all = grad
         self._trial: dict[Step, Call] = {}  # full calls, until a run did without them
         self._done = 0
 
-    def run(self, forward: Callable[[], Any], submodel: Submodel, count: int, *, wait: bool) -> Any:
+    def run(
+        self, forward: Callable[[], Any], submodel: Submodel, count: int, *, wait: bool = False
+    ) -> Any:
         """One run of the model with the first ``count`` blocks.
 
         Args:
@@ -214,7 +219,8 @@ class Replay:
         for step in steps:
             step.ran = False
         self.progress.start(wait)
-        with self.blocks.play(self._stand_ins[:count]), _with_versions(), torch.no_grad():
+        grad = contextlib.nullcontext() if self.grad else torch.no_grad()
+        with self.blocks.play(self._stand_ins[:count]), _with_versions(), grad:
             for stem in stems:
                 stem.put()
             try:
