@@ -98,6 +98,40 @@ def test_dropout_is_drawn_once_for_all_exits():
         assert torch.equal(two, model(x))
 
 
+class DropoutBetween(torch.nn.Module):
+    """Its dropout is a module of its own, which runs between the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [sk.nn.Linear(64, 64) for _ in range(4)]
+        self.blocks = sk.nn.ModuleList(blocks, depth_dim="depth")
+        self.dropout = torch.nn.Dropout(0.5)
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + self.dropout(block(x).tanh())
+        return self.head(x)
+
+
+def test_dropout_between_blocks_is_drawn_once_too():
+    model, x = DropoutBetween().double(), BATCH[0]
+    drawn = []
+    model.dropout.register_forward_hook(lambda _, __, y: drawn.append(y))
+    chain = [Submodel(depth=d) for d in (2, 3, 4)]
+    outputs = forward_exits(model, chain, lambda: model(x))
+    hidden, masked = x, [drawn[0], drawn[4 - 1], drawn[-2], drawn[-1]]
+    for y in masked:  # those that the deepest run saw
+        hidden = hidden + y
+    assert torch.equal(outputs[-1], model.head(hidden))
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[0], drawn[5])
+    assert torch.equal(drawn[3], drawn[6]), (
+        "the second run's draw before block 3 holds from then on"
+    )
+    torch.stack([F.cross_entropy(output, BATCH[1]) for output in outputs]).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_outputs_and_state_are_those_of_separate_forwards():
     model, before = network(), Submodel(depth=4, width=3)
     activate(model, before)
@@ -142,7 +176,7 @@ class Twice(torch.nn.Module):
 def test_a_model_that_cannot_share_says_so_and_trains_otherwise():
     model = Twice().double()
     space = SubmodelSpace(depth=[1, 2, 3])
-    with pytest.raises(OptionError, match="runs block 0 of 'blocks' twice"):
+    with pytest.raises(OptionError, match="runs block 0 of 'blocks' twice.*share_depths=False"):
         Summation(space)(model, BATCH)
     assert all(p.grad is None for p in model.parameters())
     loss = Summation(space, share_depths=False)(model, BATCH)

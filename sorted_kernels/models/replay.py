@@ -26,16 +26,24 @@ class Progress:
     until the garbage collector comes.
     """
 
-    __slots__ = ("equal", "in_blocks", "awaits_device", "blocks_started")
+    __slots__ = ("equal", "blocks_run", "between", "done", "awaits_device", "blocks_started")
 
-    def __init__(self) -> None:
+    def __init__(self, between: bool) -> None:
         self.equal: Equal = {}
-        self.in_blocks = self.awaits_device = False
+        self.blocks_run = self.done = 0
+        self.between = between  # whether modules that run between blocks replay too
+        self.awaits_device = False
         self.blocks_started: float | None = None  # since when blocks compute, not replay
 
-    def start(self, wait: bool) -> None:
-        """A run starts; whether to wait for the device where times are taken."""
-        self.in_blocks, self.awaits_device, self.blocks_started = False, wait, None
+    def start(self, wait: bool, done: int) -> None:
+        """A run starts.
+
+        Args:
+            wait: Wait for the device where times are taken.
+            done: How many blocks earlier runs have computed.
+        """
+        self.blocks_run, self.done, self.awaits_device = 0, done, wait
+        self.blocks_started = None
 
     def note_start(self, args: tuple[Any, ...]) -> None:
         """Note when a run's first new block starts: from there on its blocks' time counts."""
@@ -66,7 +74,8 @@ class Step:
         progress, call = self.progress, self.call
         if self.ran:
             raise OptionError(f"the model's forward runs {self.label} twice; {_ONCE}")
-        self.ran = progress.in_blocks = True
+        self.ran = True
+        progress.blocks_run += 1
         if call is None:
             progress.note_start(args)
             call = Call(args, kwargs, self.block)
@@ -107,9 +116,12 @@ class StandIn(torch.nn.Module):
 class Stem:
     """Stands for the forward of a module outside the list: before the blocks it replays calls.
 
+    So it does between them where the runs' outputs are to be trained together: a dropout there
+    draws once for all.
+
     Args:
         module: The module.
-        progress: Knows whether the blocks have begun.
+        progress: Knows how many blocks have run.
     """
 
     __slots__ = ("module", "progress", "calls", "runs", "_forward", "_own")
@@ -135,11 +147,13 @@ class Stem:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward gives for these arguments."""
         progress, calls, run = self.progress, self.calls, self.runs
-        if progress.in_blocks:
+        in_blocks = progress.blocks_run > 0
+        if in_blocks and not progress.between:
             return self._forward(*args, **kwargs)
         self.runs += 1
         if (
             run < len(calls)
+            and (not in_blocks or progress.blocks_run < progress.done)
             and calls[run].intact()
             and calls[run].had(args, kwargs, progress.equal)
         ):
@@ -169,7 +183,7 @@ class Replay:
         self, model: torch.nn.Module, name: str, blocks: DepthContainer, *, grad: bool = False
     ) -> None:
         self.model, self.blocks, self.grad = model, blocks, grad
-        self.progress = Progress()
+        self.progress = Progress(between=grad)
         self.steps = [
             Step(f"block {i} of {name!r}", block, self.progress)
             for i, block in enumerate(blocks.all_blocks())
@@ -218,7 +232,7 @@ class Replay:
         before, steps, stems = current(self.model), self.steps[:count], self._stems
         for step in steps:
             step.ran = False
-        self.progress.start(wait)
+        self.progress.start(wait, self._done)
         grad = contextlib.nullcontext() if self.grad else torch.no_grad()
         with self.blocks.play(self._stand_ins[:count]), _with_versions(), grad:
             for stem in stems:

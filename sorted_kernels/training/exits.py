@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sorted_kernels.errors import OptionError
 from sorted_kernels.models.replay import Replay
 from sorted_kernels.nn import depth_lists, dimensions
 from sorted_kernels.submodel import Submodel
@@ -58,4 +59,10 @@ def forward_exits(
     depth = str(axis.dimension)
     full = dimensions(model)[depth]
     replay = Replay(model, name, blocks, grad=True)
-    return [replay.run(forward, submodel, axis.scaled(submodel[depth], full)) for submodel in chain]
+    try:
+        return [
+            replay.run(forward, submodel, axis.scaled(submodel[depth], full)) for submodel in chain
+        ]
+    except OptionError as error:
+        remedy = "share_depths=False gives each depth a forward of its own"
+        raise OptionError(f"{error} (with objectives, {remedy})") from error

@@ -6,6 +6,7 @@ sub-model it chose, so that gradients accumulate in ``param.grad``, and returns 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ class Objective:
         share_depths: Whether sub-models of a micro-batch that differ in depth alone share one
             forward, each an exit of it. It takes a model whose forward loops once over its only
             depth list; with False each has a forward of its own.
+        autocast: Dtype of ``torch.autocast`` around forward and loss (not backward), or None.
 
     Attributes:
         last_submodels: The sub-models that the last call trained, in order.
@@ -62,6 +64,7 @@ class Objective:
         forward: Forward = forward_pair,
         reduction: Reduction = "sum",
         share_depths: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if not isinstance(space, SubmodelSpace):
             raise SpaceError(
@@ -71,7 +74,7 @@ class Objective:
         if reduction not in ("mean", "sum"):
             raise OptionError(f"reduction is {reduction!r}; allowed are 'mean' and 'sum'")
         self.space, self.loss, self.forward, self.reduction = space, loss, forward, reduction
-        self.share_depths = share_depths
+        self.share_depths, self.autocast = share_depths, autocast
         self.last_submodels: list[Submodel] = []
 
     def choose(self) -> list[Submodel]:
@@ -108,13 +111,20 @@ class Objective:
     ) -> Tensor:
         """Forward and backward of sub-models that share a forward; returns their losses."""
         with active(model, chain[-1]):  # a loss may read the model, where depth is no matter
-            if len(chain) > 1:
-                pairs = forward_exits(model, chain, lambda: self.forward(model, batch))
-            else:
-                pairs = [self.forward(model, batch)]
-            losses = torch.stack([self.loss(*pair) for pair in pairs])
+            with self._precision(model):
+                if len(chain) > 1:
+                    pairs = forward_exits(model, chain, lambda: self.forward(model, batch))
+                else:
+                    pairs = [self.forward(model, batch)]
+                losses = torch.stack([self.loss(*pair) for pair in pairs])
             (losses.sum() * scale).backward()
         return losses.detach()
+
+    def _precision(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        device = next(model.parameters()).device.type
+        return torch.autocast(device, self.autocast)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the objective: here nothing, as nothing is drawn."""
@@ -160,20 +170,9 @@ class Stochastic(_Sampling):
 
     Args:
         space: The sub-models to train and their distribution.
-        loss: ``loss(logits, targets) -> scalar``.
-        forward: ``forward(model, batch) -> (logits, targets)``.
         seed: Seed of the draws.
+        **options: What :class:`Objective` takes.
     """
-
-    def __init__(
-        self,
-        space: SubmodelSpace,
-        *,
-        loss: Loss = F.cross_entropy,
-        forward: Forward = forward_pair,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(space, loss=loss, forward=forward, seed=seed)
 
     def choose(self) -> list[Submodel]:
         """One draw from the space."""
@@ -189,30 +188,16 @@ class StochasticSummation(_Sampling):
 
     Args:
         space: The sub-models to train and their distribution.
-        loss: ``loss(logits, targets) -> scalar``.
-        forward: ``forward(model, batch) -> (logits, targets)``.
-        seed: Seed of the draws.
         cross: Train the full cross product at or below the draw.
-        reduction: ``"sum"`` as in the paper; ``"mean"`` keeps the gradient's size the same
-            however many sub-models the draw contains.
-        share_depths: See :class:`Objective`.
+        seed: Seed of the draws.
+        **options: What :class:`Objective` takes. ``reduction`` is ``"sum"`` as in the paper;
+            ``"mean"`` keeps the gradient's size the same however many sub-models the draw contains.
     """
 
     def __init__(
-        self,
-        space: SubmodelSpace,
-        *,
-        loss: Loss = F.cross_entropy,
-        forward: Forward = forward_pair,
-        seed: int = 0,
-        cross: bool = False,
-        reduction: Reduction = "sum",
-        share_depths: bool = True,
+        self, space: SubmodelSpace, *, cross: bool = False, seed: int = 0, **options: Any
     ) -> None:
-        super().__init__(
-            space, loss=loss, forward=forward, seed=seed, reduction=reduction,
-            share_depths=share_depths,
-        )  # fmt: skip
+        super().__init__(space, seed=seed, **options)
         self.cross = cross
 
     def choose(self) -> list[Submodel]:
@@ -236,24 +221,14 @@ class Summation(Objective):
 
     Args:
         space: The sub-models to train; its distribution is not used.
-        loss: ``loss(logits, targets) -> scalar``.
-        forward: ``forward(model, batch) -> (logits, targets)``.
         reduction: ``"mean"`` (as in Sorted Fine-Tuning) or ``"sum"`` (as in slimmable networks).
-        share_depths: See :class:`Objective`.
+        **options: What :class:`Objective` takes.
     """
 
     def __init__(
-        self,
-        space: SubmodelSpace,
-        *,
-        loss: Loss = F.cross_entropy,
-        forward: Forward = forward_pair,
-        reduction: Reduction = "mean",
-        share_depths: bool = True,
+        self, space: SubmodelSpace, *, reduction: Reduction = "mean", **options: Any
     ) -> None:
-        super().__init__(
-            space, loss=loss, forward=forward, reduction=reduction, share_depths=share_depths
-        )
+        super().__init__(space, reduction=reduction, **options)
 
     def choose(self) -> list[Submodel]:
         """All of the space, largest first."""
@@ -271,10 +246,9 @@ class Sandwich(_Sampling):
         space: The sub-models to train and their distribution; it must have at least two.
         n: How many sub-models a micro-batch trains, at least 2.
         distill: Whether the others learn from the largest one's output instead of the labels.
-        loss: ``loss(logits, targets) -> scalar``, for what learns from labels.
         soft_loss: ``soft_loss(logits, teacher_logits) -> scalar``, for what is distilled.
-        forward: ``forward(model, batch) -> (logits, targets)``.
         seed: Seed of the draws.
+        **options: What :class:`Objective` takes; ``loss`` is for what learns from labels.
 
     Raises:
         OptionError: ``n`` is below 2.
@@ -287,12 +261,11 @@ class Sandwich(_Sampling):
         *,
         n: int = 4,
         distill: bool = True,
-        loss: Loss = F.cross_entropy,
         soft_loss: Loss = soft_cross_entropy,
-        forward: Forward = forward_pair,
         seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(space, loss=loss, forward=forward, seed=seed)
+        super().__init__(space, seed=seed, **options)
         if isinstance(n, bool) or not isinstance(n, int) or n < 2:
             raise OptionError(f"n is {n!r}; allowed are integers of at least 2")
         if len(space) < 2:
@@ -311,13 +284,15 @@ class Sandwich(_Sampling):
         self.last_submodels = self.choose()
         largest, *others = self.last_submodels
         with active(model, largest):
-            teacher, targets = self.forward(model, batch)
-            loss = self.loss(teacher, targets)
+            with self._precision(model):
+                teacher, targets = self.forward(model, batch)
+                loss = self.loss(teacher, targets)
             (loss * scale).backward()
         losses, teacher = [loss.detach()], teacher.detach()
         for submodel in others:
             with active(model, submodel):
-                loss = self.soft_loss(self.forward(model, batch)[0], teacher)
+                with self._precision(model):
+                    loss = self.soft_loss(self.forward(model, batch)[0], teacher)
                 (loss * scale).backward()
             losses.append(loss.detach())
         return torch.stack(losses).mean()
