@@ -16,6 +16,7 @@ from sorted_kernels.models.architectures import Architecture
 from sorted_kernels.nn.activation import dimensions
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
+from sorted_kernels.nn.parameters import parts_of
 from sorted_kernels.submodel import Submodel
 
 
@@ -128,12 +129,16 @@ def _active_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
             continue
         elastic = module if isinstance(module, ElasticModule) else None
         shapes = elastic.active_shapes() if elastic is not None else {}
+        parts = parts_of(module)
         stored = {**module._parameters, **module._buffers}
         for name, value in stored.items():
             if value is None or name in module._non_persistent_buffers_set:
                 continue
             if elastic is not None and name in shapes:
                 state[inside + name] = elastic.active_block(name)
+            elif parts is not None and name in parts.parts:
+                part = parts.view(name, value.detach())
+                state[inside + name] = part.clone(memory_format=torch.contiguous_format)
             else:
                 state[inside + name] = value.detach().clone()
             sources[inside + name] = value

@@ -14,6 +14,7 @@ from sorted_kernels.models.architectures.registry import Rules, path_regex
 from sorted_kernels.nn.activation import DECLARED, PLAN, Plan, forget_plan
 from sorted_kernels.nn.axis import AttributeAxis, AxisSpec, ElasticAxis
 from sorted_kernels.nn.layers import ElasticModule
+from sorted_kernels.nn.parameters import ParameterParts, parameter_axis, parts_of
 
 ARCHITECTURE = "_elastic_architecture"
 """Attribute under which a model made elastic by a table keeps the table's name."""
@@ -46,9 +47,11 @@ def elasticize(
             {"out": "ffn"}}``. ``*`` stands for one name in the path, ``**`` for any number. Axes
             are ``in`` and ``out`` of a linear, ``features`` of a norm or embedding, ``depth`` of a
             module list or sequential; of any other module, the names of integer attributes that it
-            computes with. A value is a dimension's name or ``(name, multiple_of)``. None for a
-            model with a table of its architecture: the classes of ``transformers`` that are listed
-            in ``sk.models.architectures``, and what ``sk.models.register_architecture`` added.
+            computes with, or parameters that it uses by itself, with their first or last axis
+            (``"weight[0]"``, ``"token[-1]"``). A value is a dimension's name or ``(name,
+            multiple_of)``. None for a model with a table of its architecture: the classes of
+            ``transformers`` that ``sk.models.architectures`` has, and what
+            ``sk.models.register_architecture`` added.
         dimensions: Full size of dimensions whose axes differ in size (``{"width": 8}``): an axis
             then follows in proportion. Also read from the model's own ``dimensions``.
         grad_mode: ``"inplace"`` or ``"dense"``, as for the layers of ``sk.nn``.
@@ -138,6 +141,8 @@ def _check_rule(
     forms: Mapping[str, Form],
 ) -> None:
     target = _target(module, forms)
+    if all(parameter_axis(module, axis) for axis in axes):
+        return
     if target is None and all(_is_size(module, axis) for axis in axes):
         return
     if target is None:
@@ -179,6 +184,9 @@ def _swap(
     forms: Mapping[str, Form],
 ) -> None:
     target = _target(module, forms)
+    if all(parameter_axis(module, name) for name in specs):
+        ParameterParts(module, specs, grad_mode).attach(module)
+        return
     if target is None:
         module.__dict__["axes"] = {
             name: AttributeAxis(spec, module, name) for name, spec in specs.items()
@@ -197,6 +205,8 @@ def _swap(
 
 
 def _full_sizes(module: torch.nn.Module) -> dict[str, int]:
+    if isinstance(module, nn.Conv1D):
+        return {"in": module.nx, "out": module.nf // module.parts}
     if isinstance(module, torch.nn.Linear):
         return {"in": module.in_features, "out": module.out_features}
     if isinstance(module, torch.nn.Embedding):
@@ -210,7 +220,10 @@ def _check_complete(model: torch.nn.Module, table: Architecture) -> None:
     """No module with parameters is left that the table says nothing about."""
     fixed = [path_regex(pattern) for pattern in table.fixed]
     for path, module in model.named_modules():
-        own = [name for name, param in module._parameters.items() if param is not None]
+        parts = parts_of(module)
+        met = parts.parts if parts else {}
+        stored = module._parameters.items()
+        own = [name for name, param in stored if param is not None and name not in met]
         if not own or isinstance(module, ElasticModule):
             continue
         if not any(regex.fullmatch(path) for regex in fixed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,10 @@ from sorted_kernels.models.architectures import architecture_of
 from sorted_kernels.models.configured import build_smaller
 from sorted_kernels.models.elasticize import ARCHITECTURE, PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
+from sorted_kernels.nn.axis import forget_attributes
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
+from sorted_kernels.nn.parameters import detach_parts, parts_of
 from sorted_kernels.ops.backend import reference_only
 from sorted_kernels.submodel import Submodel
 
@@ -54,10 +57,12 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
             for name, block in zip(blocks._modules, blocks.active_blocks(), strict=False):
                 plain.add_module(name, copy.deepcopy(block, memo))
         exported = copy.deepcopy(model, memo)
+        for module in exported.modules():
+            detach_parts(module)
+            forget_attributes(module)
+            for mark in (DECLARED, ARCHITECTURE):
+                module.__dict__.pop(mark, None)
     forget_plan(exported)
-    for module in exported.modules():
-        for mark in (DECLARED, ARCHITECTURE):
-            module.__dict__.pop(mark, None)
     return exported
 
 
@@ -101,8 +106,13 @@ def count_parameters(model: torch.nn.Module, submodel: Submodel) -> int:
     with active(model, submodel):
         for module in active_modules(model):
             shapes = module.active_shapes() if isinstance(module, ElasticModule) else {}
+            parts = parts_of(module)
             for name, param in module._parameters.items():
-                if param is not None:
+                if param is None:
+                    continue
+                if parts is not None and name in parts.parts:
+                    counts[id(param)] = parts.view(name, param).numel()
+                else:
                     counts[id(param)] = torch.Size(shapes.get(name, param.shape)).numel()
     return sum(counts.values())
 
@@ -115,8 +125,8 @@ def count_flops(
     """Floating-point operations of one forward; a multiply-add counts 2.
 
     Matrix products, convolutions and attention are counted, as by
-    ``torch.utils.flop_counter``; element-wise work is not. Runs on fake tensors: nothing is
-    computed.
+    ``torch.utils.flop_counter``; element-wise work is not. Runs on fake tensors, so nothing is
+    computed, unless the model looks at values to decide what to do.
 
     Args:
         model: An elastic model.
@@ -125,17 +135,23 @@ def count_flops(
             tensor (``input_ids``, say), or a mapping of keyword arguments.
     """
     # Imported here: the counter brings Triton along, which takes a second.
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    counter = FlopCounterMode(display=False)
-    with active(model, submodel), reference_only(), torch.no_grad(), fake, counter:
-        if isinstance(input_shape, Mapping):
-            model(**{name: value.to(device) for name, value in input_shape.items()})
-        elif isinstance(input_shape, Tensor):
-            model(input_shape.to(device))
-        else:
-            model(torch.empty(input_shape, device=device))
-    return counter.get_total_flops()
+
+    def count(mode: contextlib.AbstractContextManager[Any]) -> int:
+        counter = FlopCounterMode(display=False)
+        with active(model, submodel), reference_only(), torch.no_grad(), mode, counter:
+            if isinstance(input_shape, Mapping):
+                model(**{name: value.to(device) for name, value in input_shape.items()})
+            elif isinstance(input_shape, Tensor):
+                model(input_shape.to(device))
+            else:
+                model(torch.empty(input_shape, device=device))
+        return counter.get_total_flops()
+
+    try:
+        return count(FakeTensorMode(allow_non_fake_inputs=True))
+    except DataDependentOutputException:
+        return count(contextlib.nullcontext())

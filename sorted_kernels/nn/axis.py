@@ -82,6 +82,13 @@ class AttributeAxis(ElasticAxis):
         self._size = self._module.__dict__[self._name] = size
 
 
+def forget_attributes(module: torch.nn.Module) -> None:
+    """Leave the sizes that a module keeps as they are now."""
+    axes = module.__dict__.get("axes")
+    if isinstance(axes, dict) and any(isinstance(axis, AttributeAxis) for axis in axes.values()):
+        del module.__dict__["axes"]
+
+
 @functools.cache
 def _probe(size: int) -> torch.Tensor:
     """An empty tensor whose shape holds a size.

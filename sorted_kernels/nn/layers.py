@@ -70,7 +70,9 @@ class ElasticModule(torch.nn.Module):
         for name, axis in axes.items():
             setattr(self, f"{name}_axis", axis)
         self._slots = {
-            name: slot_of(param) for name, param in self._parameters.items() if param is not None
+            name: slot_of(param, self.slot_matrix(name))
+            for name, param in self._parameters.items()
+            if param is not None
         }
         self._blocks = BlockCache()
 
@@ -107,8 +109,12 @@ class ElasticModule(torch.nn.Module):
     def _slot(self, name: str, param: Tensor) -> GradientSlot:
         slot = self._slots.get(name)
         if slot is None or slot.param() is not param:  # the parameter was replaced
-            slot = self._slots[name] = slot_of(param)
+            slot = self._slots[name] = slot_of(param, self.slot_matrix(name))
         return slot
+
+    def slot_matrix(self, name: str) -> tuple[int, int] | None:
+        """The matrix that a parameter's gradient is kept as; None for its own axes."""
+        return None
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of the active block of each parameter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sorted_kernels import nn
+from sorted_kernels.errors import DimensionError
 from sorted_kernels.models.architectures.registry import Form
 
 
@@ -37,3 +38,16 @@ def kept_head_dim(config: Any, hidden: int, heads: int) -> dict[str, int]:
     one = head_dim(config)
     needed = hasattr(config, "head_dim") or hidden != heads * one
     return {"head_dim": one} if needed else {}
+
+
+def all_of_hidden(config: Any, sizes: dict[str, int]) -> None:
+    """Refuse sizes that a configuration without ``head_dim`` cannot say.
+
+    Raises:
+        DimensionError: The heads' features are not the hidden ones.
+    """
+    one = head_dim(config)
+    if sizes["hidden"] != sizes["heads"] * one:
+        raise DimensionError(
+            f"it has no head_dim, so hidden must be heads * {one} = {sizes['heads'] * one}"
+        )

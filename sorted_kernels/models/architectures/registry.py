@@ -47,12 +47,11 @@ class Architecture:
         inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
         given = self.rules(_config(model))
         rules = {f"{inside}{pattern}": axes for pattern, axes in given.items()}
-        rules.update(self.heads)
-        paths = [path for path, _ in model.named_modules()]
+        modules = list(model.named_modules())
+        owners = [(path, module) for path, module in modules if module._parameters]
         return {
-            pattern: axes
-            for pattern, axes in rules.items()
-            if any(path_regex(pattern).fullmatch(path) for path in paths)
+            **{pattern: axes for pattern, axes in rules.items() if _matches(pattern, modules)},
+            **{pattern: axes for pattern, axes in self.heads.items() if _matches(pattern, owners)},
         }
 
     def dimensions_of(self, model: torch.nn.Module) -> dict[str, int]:
@@ -82,7 +81,7 @@ def register_architecture(
         rules: Gives rules as :func:`sk.elasticize <sorted_kernels.elasticize>` takes them. Paths
             start at the module that the model's ``base_model_prefix`` names, where there is one.
             One that matches nothing is passed over.
-        heads: More rules, with paths from the model itself.
+        heads: More rules, with paths from the model itself, for modules with parameters.
         dimensions: Gives the full size of dimensions whose axes differ in size.
         configuration: Gives, from the configuration and the size of every dimension, the fields
             that an exported sub-model has instead. Without it an exported model is a copy of the
@@ -118,6 +117,11 @@ def architecture_of(model: torch.nn.Module) -> Architecture:
         f"no rules were given, and {type(model).__name__} is not among the architectures known: "
         f"{', '.join(sorted(_TABLES))}; sk.models.register_architecture adds one"
     )
+
+
+def _matches(pattern: str, modules: list[tuple[str, torch.nn.Module]]) -> bool:
+    regex = path_regex(pattern)
+    return any(regex.fullmatch(path) for path, _ in modules)
 
 
 def path_regex(pattern: str) -> re.Pattern[str]:
