@@ -1,5 +1,6 @@
 """Existing models made elastic, sub-models cut out of them, and their costs."""
 
+from sorted_kernels.models.architectures import Form, register_architecture
 from sorted_kernels.models.elasticize import elasticize
 from sorted_kernels.models.export import count_flops, count_parameters, export
 from sorted_kernels.models.residual_mlp import (
@@ -9,6 +10,7 @@ from sorted_kernels.models.residual_mlp import (
 )
 
 __all__ = [
+    "Form",
     "RESIDUAL_MLP_RULES",
     "ResidualMLP",
     "count_flops",
@@ -16,4 +18,5 @@ __all__ = [
     "elastic_residual_mlp",
     "elasticize",
     "export",
+    "register_architecture",
 ]

@@ -70,7 +70,9 @@ class ElasticModule(torch.nn.Module):
         for name, axis in axes.items():
             setattr(self, f"{name}_axis", axis)
         self._slots = {
-            name: slot_of(param) for name, param in self._parameters.items() if param is not None
+            name: slot_of(param, self.slot_matrix(name))
+            for name, param in self._parameters.items()
+            if param is not None
         }
         self._blocks = BlockCache()
 
@@ -107,8 +109,12 @@ class ElasticModule(torch.nn.Module):
     def _slot(self, name: str, param: Tensor) -> GradientSlot:
         slot = self._slots.get(name)
         if slot is None or slot.param() is not param:  # the parameter was replaced
-            slot = self._slots[name] = slot_of(param)
+            slot = self._slots[name] = slot_of(param, self.slot_matrix(name))
         return slot
+
+    def slot_matrix(self, name: str) -> tuple[int, int] | None:
+        """The matrix that a parameter's gradient is kept as; None for its own axes."""
+        return None
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of the active block of each parameter."""
@@ -118,15 +124,23 @@ class ElasticModule(torch.nn.Module):
         """The ``torch.nn`` module of the active size, on the meta device."""
         raise NotImplementedError
 
+    def active_view(self, name: str, tensor: Tensor) -> Tensor:
+        """What the active block of a parameter is of a tensor of its shape, as a view."""
+        return tensor[tuple(slice(size) for size in self.active_shapes()[name])]
+
+    def active_block(self, name: str) -> Tensor:
+        """A contiguous copy of the active block of a parameter."""
+        block = self.active_view(name, getattr(self, name).detach())
+        return block.clone(memory_format=torch.contiguous_format)
+
     def plain(self) -> torch.nn.Module:
         """A stand-alone ``torch.nn`` module of the active size with contiguous copies."""
         layer = self.stock()
-        for name, shape in self.active_shapes().items():
+        for name in self.active_shapes():
             source = getattr(self, name)
             if source is not None:
-                block = source.detach()[tuple(slice(size) for size in shape)]
-                copied = block.clone(memory_format=torch.contiguous_format)
-                setattr(layer, name, torch.nn.Parameter(copied, source.requires_grad))
+                copied = torch.nn.Parameter(self.active_block(name), source.requires_grad)
+                setattr(layer, name, copied)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:

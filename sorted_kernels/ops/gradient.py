@@ -45,14 +45,18 @@ class GradientSlot:
 
     Args:
         param: (M, K, ...) or (M,); trailing axes are always covered whole.
+        matrix: Rows and columns of the matrix that the parameter's elements are taken for, one
+            after the other, where its active part is no leading block of its own axes. Of three
+            (K, M) projections that lie side by side in a (K, 3 M) parameter, the leading (k, m)
+            blocks are the leading (3 k, m) block of the (3 K, M) matrix.
     """
 
     __slots__ = (
-        "handle", "param", "token", "buffer", "raw", "storage", "blocks", "version", "address",
-        "staircase", "expected", "task", "hooked", "__weakref__",
+        "handle", "param", "matrix", "token", "buffer", "raw", "storage", "blocks", "version",
+        "address", "staircase", "expected", "task", "hooked", "__weakref__",
     )  # fmt: skip
 
-    def __init__(self, param: Tensor) -> None:
+    def __init__(self, param: Tensor, matrix: tuple[int, int] | None = None) -> None:
         self.handle = next(_handles)
         # Stands for the gradient in compiled graphs: ops declare that they change it, so they are
         # neither dropped nor reordered, while the buffer can be attached lazily at run time.
@@ -63,7 +67,8 @@ class GradientSlot:
         self.blocks: dict[tuple[int, int], Tensor] = {}  # views of the buffer
         self.version = 0  # the buffer's version counter when it was last looked at
         self.address = 0  # and where its elements were
-        self.staircase = Staircase(param.shape[0], param.shape[1] if param.dim() > 1 else 1)
+        self.matrix = matrix
+        self.staircase = Staircase(*(matrix or _rows_and_columns(param)))
         self.expected: list[tuple[int, int]] = []
         self.task = -1  # the backward that the expected gradients belong to
         self.hooked = False
@@ -83,11 +88,20 @@ class GradientSlot:
     def __deepcopy__(self, memo: dict[int, object]) -> GradientSlot | None:
         """A copied module's slot is that of its own, copied parameter."""
         param = self.param()
-        return None if param is None else slot_of(copy.deepcopy(param, memo))
+        return None if param is None else slot_of(copy.deepcopy(param, memo), self.matrix)
 
     def __reduce__(self) -> tuple[object, ...]:
         param = self.param()
-        return (type(None), ()) if param is None else (slot_of, (param,))
+        return (type(None), ()) if param is None else (slot_of, (param, self.matrix))
+
+    def fold(self, matrix: tuple[int, int]) -> None:
+        """Take the parameter's elements for another matrix than before."""
+        self.matrix, covered = matrix, bool(self.staircase)
+        self.staircase = Staircase(*matrix)
+        if covered:
+            self.staircase.cover_all()
+        if self.buffer is not None:
+            self._adopt(self.buffer)
 
     def prefix(self, m: int, k: int = 1) -> tuple[Tensor, bool]:
         """The view ``grad[:m, :k]`` to write, recorded in the staircase.
@@ -135,10 +149,10 @@ class GradientSlot:
             staircase.corners = [(m, k)]
             return False
         if grad is not self.buffer:  # somebody else's tensor: what it holds is unknown, so all
-            if grad.stride(-1) != 1:
+            if grad.stride(-1) != 1 or (self.matrix is not None and not grad.is_contiguous()):
                 raise StrideError(
                     f"param.grad has strides {grad.stride()}; gradients are written in place, "
-                    "which needs a unit inner stride"
+                    "which needs a unit inner stride (and packed ones to be contiguous)"
                 )
             self._watch(param)
             self._adopt(grad)
@@ -172,6 +186,8 @@ class GradientSlot:
         only when somebody else writes, and views of the alias are not mistaken for users.
         """
         self.buffer, self.raw, self.storage = buffer, buffer.data, buffer.untyped_storage()
+        if self.matrix is not None:
+            self.raw = self.raw.view(self.matrix)
         self.blocks.clear()
         self.version, self.address = buffer._version, buffer.data_ptr()
 
@@ -264,13 +280,26 @@ def _clear_outside(buffer: Tensor | None, staircase: Staircase, m: int, k: int) 
                 buffer[begin : min(end, m), k:cols].zero_()
 
 
-def slot_of(param: Tensor) -> GradientSlot:
-    """The slot of a leaf parameter, made on first use."""
+def slot_of(param: Tensor, matrix: tuple[int, int] | None = None) -> GradientSlot:
+    """The slot of a leaf parameter, made on first use; ``matrix`` as for :class:`GradientSlot`."""
     slot = _by_param.get(id(param))
     if slot is None:
-        slot = _by_param[id(param)] = GradientSlot(param)
+        slot = _by_param[id(param)] = GradientSlot(param, matrix)
         _by_handle[slot.handle] = slot
+    elif matrix is not None and slot.matrix != matrix:
+        slot.fold(matrix)
     return slot
+
+
+def folded(param: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of a parameter's shape as the matrix that its staircase is of, if it has one."""
+    slot = _by_param.get(id(param))
+    return tensor if slot is None or slot.matrix is None else tensor.view(slot.matrix)
+
+
+def _rows_and_columns(param: Tensor) -> tuple[int, int]:
+    """The two axes that a parameter's staircase has by itself."""
+    return (param.shape[0] if param.dim() else 1), (param.shape[1] if param.dim() > 1 else 1)
 
 
 def slot_if_any(param: Tensor) -> GradientSlot | None:
@@ -320,9 +349,7 @@ def staircase_of(param: Tensor) -> Staircase:
     slot = _by_param.get(id(param))
     if slot is not None and param.grad is not None and param.grad is slot.buffer:
         return slot.staircase
-    whole = Staircase(
-        param.shape[0] if param.dim() else 1, param.shape[1] if param.dim() > 1 else 1
-    )
+    whole = Staircase(*(slot and slot.matrix or _rows_and_columns(param)))
     if param.grad is not None:
         whole.cover_all()
     return whole

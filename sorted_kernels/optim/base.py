@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from sorted_kernels.errors import DTypeError, OptionError, StrideError
-from sorted_kernels.ops.gradient import slot_if_any, staircase_of, zero_gradient
+from sorted_kernels.ops.gradient import folded, slot_if_any, staircase_of, zero_gradient
 from sorted_kernels.staircase import Staircase
 
 UPDATES = ("active", "whole")
@@ -33,17 +33,22 @@ class Record:
         self.param, self.state, self.slot = param, state, slot_if_any(param)
         self.pointer = param.data_ptr()
         self.kind = sys.intern(f"{param.device} {param.dtype}")
-        self.matrix = as_matrix(param.detach())
-        self.reshaped = self.matrix.dim() != param.dim()
-        cols = param.shape[1] if param.dim() > 1 else 1
+        self.matrix = as_matrix(param, param.detach())
+        self.reshaped = self.matrix.shape != param.shape
+        folds = self.slot is not None and self.slot.matrix is not None
+        cols = self.matrix.shape[1] if folds else param.shape[1] if param.dim() > 1 else 1
         self.whole = [(self.matrix.shape[0], cols)]
-        self.inner = math.prod(param.shape[2:])
-        self.states = [as_matrix(state[name]) for name in names]
-        self.master = as_matrix(state["master"]) if "master" in state else None
+        self.inner = 1 if folds else math.prod(param.shape[2:])
+        self.states = [as_matrix(param, state[name]) for name in names]
+        self.master = as_matrix(param, state["master"]) if "master" in state else None
 
 
-def as_matrix(tensor: Tensor) -> Tensor:
-    """Axes beyond the second joined to the columns, as a view; a scalar is a row of one."""
+def as_matrix(param: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of a parameter's shape as the matrix that its staircase is of, as a view.
+
+    Axes beyond the second are joined to the columns; a scalar is a row of one.
+    """
+    tensor = folded(param, tensor)
     if tensor.dim() > 2:
         return tensor.flatten(1)
     return tensor if tensor.dim() else tensor.view(1)
@@ -155,6 +160,7 @@ class StaircaseOptimizer(torch.optim.Optimizer):
                 record is None
                 or record.pointer != param.data_ptr()
                 or len(record.states) != len(names)  # momentum was turned on or off
+                or (record.slot is None and slot_if_any(param) is not None)  # now elastic
             ):
                 record = self._make_record(param, grad, names)
             slot = record.slot
@@ -171,7 +177,7 @@ class StaircaseOptimizer(torch.optim.Optimizer):
                 bucket = buckets.setdefault((kind, grad_dtype), Bucket())
             index, begin, inner = len(bucket.records), 0, record.inner
             bucket.records.append(record)
-            bucket.grads.append(as_matrix(grad) if record.reshaped else grad)
+            bucket.grads.append(as_matrix(param, grad) if record.reshaped else grad)
             record.state["step"] += 1
             for rows, cols in corners if len(corners) == 1 else reversed(corners):
                 bucket.bands += (index, begin, rows, cols * inner)
@@ -281,11 +287,11 @@ def clip_grad_norm_(
     if not max_norm > 0:
         raise OptionError(f"max_norm={max_norm!r} must be above 0")
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    views = [
+    views = [  # of what counts no version: the gradients' slots need not look at them again
         view
         for param in listed
         if param.grad is not None
-        for view in _views(param.grad, staircase_of(param))
+        for view in _views(folded(param, param.grad.data), staircase_of(param))
     ]
     if not views:
         return torch.zeros(())
@@ -301,7 +307,6 @@ def clip_grad_norm_(
 
 
 def _views(grad: Tensor, staircase: Staircase) -> list[Tensor]:
-    grad = grad.data  # counts no version: the gradient's slot need not look at it again
     if grad.dim() < 2:
         return [grad[begin:end] if grad.dim() else grad for begin, end, _ in staircase.bands()]
     return [grad[begin:end, :cols] for begin, end, cols in staircase.bands()]
