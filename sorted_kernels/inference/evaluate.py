@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sorted_kernels.errors import OptionError, ShapeError, SpaceError
+from sorted_kernels.inference.metrics import WHOLE_METRICS, WholeMetric
 from sorted_kernels.inference.results import Results, Row
 from sorted_kernels.models import count_flops, count_parameters
 from sorted_kernels.nn import activate, active, current
@@ -48,7 +49,9 @@ def evaluate(
         space: The sub-models.
         loader: Gives ``(inputs, targets)`` pairs.
         metric: ``"accuracy"`` (a fraction), ``"loss"`` (mean cross-entropy), both over outputs
-            ``(..., classes)`` and targets ``(...)`` of which -100 is left out; or a function of
+            ``(..., classes)`` and targets ``(...)`` of which -100 is left out; ``"f1"`` (of class
+            1), ``"matthews"`` (correlation of classes), ``"pearson"`` and ``"spearman"``
+            (correlations of values), over the whole data as GLUE has them; or a function of
             ``(output, targets)`` that gives the sum of the metric over the batch and the count it
             is a sum of.
         higher_is_better: Whether more is better; known for the named metrics, True for a function.
@@ -73,18 +76,19 @@ def evaluate(
     if not submodels:
         raise SpaceError("space is empty; evaluate needs at least one sub-model")
     name, measure, higher = _resolve(metric, higher_is_better)
-    tallies = [_Tally(submodel) for submodel in submodels]
+    tallies = [_Tally(submodel, measure) for submodel in submodels]
     run = forward or _call
     target = torch.device(device) if device is not None else _device_of(model)
-    shape = None if input_shape is None else tuple(input_shape)
+    shape: Any = None if input_shape is None else tuple(input_shape)
     first = True
     with _evaluating(model), _progress_bar(progress, loader, len(tallies)) as advance:
         for batch in loader:
             inputs, targets = _move(_pair(batch), target)
-            shape = shape or _sample_shape(inputs)
+            if shape is None:
+                shape = _one_sample(inputs)
             for tally in tallies:
                 activate(model, tally.submodel)
-                tally.add(*measure(run(model, inputs), targets))
+                tally.add(run(model, inputs), targets)
                 if first and latency:
                     tally.latency_ms = _time_forward(run, model, inputs, target)
                 advance()
@@ -98,18 +102,28 @@ def evaluate(
 class _Tally:
     """What one sub-model has gathered; sums stay on the device, so that it is not waited for."""
 
-    def __init__(self, submodel: Submodel) -> None:
-        self.submodel = submodel
+    def __init__(self, submodel: Submodel, measure: Metric | WholeMetric) -> None:
+        self.submodel, self.measure = submodel, measure
         self.sum: Any = 0.0
         self.count: Any = 0
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.latency_ms: float | None = None
 
-    def add(self, batch_sum: Any, batch_count: Any) -> None:
+    def add(self, output: Any, targets: Any) -> None:
+        if isinstance(self.measure, WholeMetric):
+            self.pairs.append(self.measure.pair(output, targets))
+            return
+        batch_sum, batch_count = self.measure(output, targets)
         self.sum, self.count = self.sum + batch_sum, self.count + batch_count
 
-    def row(self, model: torch.nn.Module, shape: tuple[int, ...]) -> Row:
+    def value(self) -> float:
+        if isinstance(self.measure, WholeMetric):
+            return self.measure.of(self.pairs)
         count = float(self.count)
-        metric = float(self.sum) / count if count else math.nan
+        return float(self.sum) / count if count else math.nan
+
+    def row(self, model: torch.nn.Module, shape: tuple[int, ...] | torch.Tensor) -> Row:
+        metric = self.value()
         parameters = count_parameters(model, self.submodel)
         flops = count_flops(model, self.submodel, shape)
         return Row(self.submodel, metric, parameters, flops, self.latency_ms)
@@ -146,13 +160,14 @@ def cross_entropy(output: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     return loss.double(), (targets != _IGNORED).sum()
 
 
-_METRICS: dict[str, tuple[Metric, bool]] = {
+_METRICS: dict[str, tuple[Metric | WholeMetric, bool]] = {
     "accuracy": (accuracy, True),
     "loss": (cross_entropy, False),
+    **{name: (whole, True) for name, whole in WHOLE_METRICS.items()},
 }
 
 
-def _resolve(metric: str | Metric, higher: bool | None) -> tuple[str, Metric, bool]:
+def _resolve(metric: str | Metric, higher: bool | None) -> tuple[str, Metric | WholeMetric, bool]:
     """Name, function and sense of a metric option."""
     if isinstance(metric, str) and metric in _METRICS:
         function, sense = _METRICS[metric]
@@ -204,12 +219,12 @@ def _move(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _sample_shape(inputs: Any) -> tuple[int, ...]:
+def _one_sample(inputs: Any) -> torch.Tensor:
     if not isinstance(inputs, torch.Tensor):
         raise OptionError(
             f"input_shape is needed to count FLOPs where inputs are a {type(inputs).__name__}"
         )
-    return (1, *inputs.shape[1:])
+    return inputs[:1]
 
 
 @contextlib.contextmanager
