@@ -6,6 +6,7 @@ from sorted_kernels.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from sorted_kernels.training.language import CausalLM, SequenceClassification
 from sorted_kernels.training.loop import fit
 from sorted_kernels.training.objectives import (
     Objective,
@@ -18,10 +19,12 @@ from sorted_kernels.training.schedules import cosine, linear
 from sorted_kernels.training.state import History
 
 __all__ = [
+    "CausalLM",
     "Checkpoint",
     "History",
     "Objective",
     "Sandwich",
+    "SequenceClassification",
     "Stochastic",
     "StochasticSummation",
     "Summation",

@@ -40,7 +40,9 @@ class Objective:
 
     Args:
         space: The sub-models to train.
-        loss: ``loss(logits, targets) -> scalar``; cross entropy by default.
+        loss: ``loss(logits, targets) -> scalar``; cross entropy by default. If it has a method
+            ``of_exits(outputs, targets) -> (E,)``, that is called where E sub-models share a
+            forward (as :class:`~sorted_kernels.training.CausalLM` has it).
         forward: ``forward(model, batch) -> (logits, targets)``; by default the batch is a pair.
         reduction: Whether the gradient is that of the sum or of the mean of the losses.
         share_depths: Whether sub-models of a micro-batch that differ in depth alone share one
@@ -116,9 +118,17 @@ class Objective:
                     pairs = forward_exits(model, chain, lambda: self.forward(model, batch))
                 else:
                     pairs = [self.forward(model, batch)]
-                losses = torch.stack([self.loss(*pair) for pair in pairs])
+                losses = self._losses(pairs)
             (losses.sum() * scale).backward()
         return losses.detach()
+
+    def _losses(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """One loss for each exit of a forward; at once where the loss can (``of_exits``)."""
+        at_once = getattr(self.loss, "of_exits", None)
+        if at_once is None or len(pairs) == 1:
+            return torch.stack([self.loss(*pair) for pair in pairs])
+        outputs, targets = zip(*pairs, strict=True)
+        return at_once(outputs, targets[0])
 
     def _precision(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
