@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a pre-trained LLaMA, whole and in parts. Takes two minutes and 3 GB."""
+"""SmolLM2-135M, a pre-trained LLaMA, whole and in parts. Takes three minutes and 3 GB."""
 
 import random
 import subprocess
@@ -74,10 +74,12 @@ def random_submodel(draw):
     )
 
 
-def test_twenty_submodels_loaded_by_transformers_alone(loaded, tmp_path):
+@pytest.mark.parametrize("seed", range(4))
+def test_submodels_loaded_by_transformers_alone(loaded, tmp_path, seed):
+    """Twenty in all."""
     model, _, ids, _ = loaded
-    draw, folders = random.Random(0), []
-    for index in range(20):
+    draw, folders = random.Random(seed), []
+    for index in range(5):
         chosen, folder = random_submodel(draw), tmp_path / str(index)
         sk.export(model, chosen).save_pretrained(folder)
         with sk.active(model, chosen):
@@ -89,5 +91,5 @@ def test_twenty_submodels_loaded_by_transformers_alone(loaded, tmp_path):
         [sys.executable, "-c", LOAD, *folders], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 20
+    assert len(done.stdout.splitlines()) == 5
     print(done.stdout)
