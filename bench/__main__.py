@@ -16,6 +16,7 @@ from bench import (
     bench_host,
     bench_kernels,
     bench_linear_step,
+    bench_llama_block,
     bench_model_step,
     bench_ragged,
     limits,
@@ -28,6 +29,7 @@ from bench.rows import append_rows
 FAMILIES = {
     "linear_step": bench_linear_step.cases,
     "model_step": bench_model_step.cases,
+    "transformer_step": bench_llama_block.cases,
     "anytime": bench_anytime.cases,
     "ragged": bench_ragged.cases,
     "kernels": bench_kernels.cases,

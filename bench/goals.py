@@ -90,7 +90,7 @@ def goals_for(
     kernel: str, mode: str, sizes: Mapping[str, int], dtype: str, gpu: bool
 ) -> tuple[Goal, ...]:
     """The goals of one problem; none for a family that has none."""
-    if kernel in ("linear_step", "model_step"):
+    if kernel in ("linear_step", "model_step", "transformer_step"):
         return _step_goals(kernel, sizes, dtype, gpu)
     if kernel == "anytime":  # B2 is the deepest sub-model alone
         return (Goal("B2", 1.1),)

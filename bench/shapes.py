@@ -80,6 +80,24 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class BlockShape:
+    """A part of a LLaMA block; GROUP query heads share a key-value head."""
+
+    batch: int
+    length: int
+    HIDDEN: int
+    HEADS: int
+    GROUP: int
+    FFN: int
+    hidden: int
+    heads: int
+    ffn: int
+
+    def __str__(self) -> str:
+        return format_sizes(**vars(self))
+
+
+@dataclass(frozen=True)
 class RaggedShape:
     """A batch of N rows of ``submodels`` sub-models in equal parts; sizes rise in equal steps.
 
@@ -113,6 +131,11 @@ LINEAR_STEP_GPU = [
 ] + [LinearShape(4096, 4096, 4096, 1001, 999)]
 
 MODEL_STEP = [ModelShape(64, depth, width) for depth, width in ((12, 8), (6, 4), (12, 2), (3, 8))]
+BLOCK = [
+    BlockShape(4, 64, 768, 12, 3, 2048, 768 * part // 4, 12 * part // 4, 2048 * part // 4)
+    for part in (1, 2, 4)
+]
+BLOCK_QUICK = BlockShape(2, 8, 48, 4, 2, 64, 24, 2, 32)
 RAGGED = [RaggedShape(256, 2048, 2048, 16)]
 RAGGED_QUICK = RaggedShape(32, 64, 64, 4)
 ANYTIME = [ModelShape(batch, 12, 8) for batch in (1, 64, 360, 1024)]

@@ -3,6 +3,7 @@
 from sorted_kernels.models.architectures import Form, register_architecture
 from sorted_kernels.models.elasticize import elasticize
 from sorted_kernels.models.export import count_flops, count_parameters, export
+from sorted_kernels.models.importance import sort_by_importance
 from sorted_kernels.models.residual_mlp import (
     RESIDUAL_MLP_RULES,
     ResidualMLP,
@@ -19,4 +20,5 @@ __all__ = [
     "elasticize",
     "export",
     "register_architecture",
+    "sort_by_importance",
 ]

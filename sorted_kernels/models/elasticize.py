@@ -10,6 +10,7 @@ import torch
 from sorted_kernels import nn
 from sorted_kernels.errors import RuleError
 from sorted_kernels.models.architectures import Architecture, Form, architecture_of
+from sorted_kernels.models.architectures.attention import register_attention
 from sorted_kernels.models.architectures.registry import Rules, path_regex
 from sorted_kernels.nn.activation import DECLARED, PLAN, Plan, forget_plan
 from sorted_kernels.nn.axis import AttributeAxis, AxisSpec, ElasticAxis
@@ -92,6 +93,7 @@ def elasticize(
         if table is not None:
             _check_complete(model, table)
             model.__dict__[ARCHITECTURE] = table.name
+            register_attention()
     except Exception as error:
         for name, (module, _) in matched.items():
             kind, state = before[name]

@@ -64,6 +64,10 @@ class Plan:
         self._by_size: dict[tuple[str, Any], Setting] = {}
         self._applied: dict[str, Setting] = {}
 
+    def places(self, name: str) -> list[tuple[str, int] | None]:
+        """For each axis of a dimension, its list of elastic depth and its block there."""
+        return self._places[name]
+
     def _counts_now(self) -> dict[str, int]:
         """The count of each dimension that its axes show: not full where a part was activated."""
         return {
