@@ -3,6 +3,7 @@
 from sorted_kernels import inference, models, nn, optim, training
 from sorted_kernels.errors import (
     CheckpointError,
+    DataError,
     DependencyError,
     DeviceError,
     DimensionError,
@@ -25,6 +26,7 @@ from sorted_kernels.submodel import Submodel, SubmodelSpace
 __all__ = [
     "CheckpointError",
     "DTypeError",
+    "DataError",
     "DependencyError",
     "DeviceError",
     "DimensionError",
