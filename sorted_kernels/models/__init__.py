@@ -2,6 +2,7 @@
 
 from sorted_kernels.models.elasticize import elasticize
 from sorted_kernels.models.export import count_flops, count_parameters, export
+from sorted_kernels.models.preresnet import CPRERESNET_RULES, CPreResNet20, elastic_cpreresnet20
 from sorted_kernels.models.residual_mlp import (
     RESIDUAL_MLP_RULES,
     ResidualMLP,
@@ -9,10 +10,13 @@ from sorted_kernels.models.residual_mlp import (
 )
 
 __all__ = [
+    "CPRERESNET_RULES",
+    "CPreResNet20",
     "RESIDUAL_MLP_RULES",
     "ResidualMLP",
     "count_flops",
     "count_parameters",
+    "elastic_cpreresnet20",
     "elastic_residual_mlp",
     "elasticize",
     "export",
