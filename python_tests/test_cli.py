@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import sorted_kernels as sk
 from sorted_kernels.cli import main
 
 TASK = """
@@ -317,3 +318,12 @@ def test_without_the_extra_it_says_which(tmp_path):
 def _environment(*first):
     """Ours, with this process's import path after some folders."""
     return {**os.environ, "PYTHONPATH": ":".join([*first, *filter(None, sys.path)])}
+
+
+def test_sizes_by_block_on_the_command_line():
+    from sorted_kernels.cli.app import parse_submodel
+
+    assert parse_submodel("depth=2, ffn=(5, 9),w=3") == sk.Submodel(depth=2, ffn=(5, 9), w=3)
+    for text in ("ffn=(5,9", "ffn=5,9", "ffn=()", "depth=2,depth=3"):
+        with pytest.raises(sk.OptionError, match="--submodel is"):
+            parse_submodel(text)

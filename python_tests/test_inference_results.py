@@ -263,3 +263,14 @@ def test_select_refuses_bad_conditions(results, options, says):
 def test_select_by_a_latency_that_was_not_measured():
     with pytest.raises(OptionError, match="latency=True"):
         select(Results([row(1, 1, 0.5, 1)]), max_latency_ms=3)
+
+
+def test_sizes_by_block_are_written_and_read(tmp_path):
+    sizes = [(5, 9), (9, 5), 6]
+    rows = [Row(Submodel(depth=2, ffn=ffn), 0.5, 10, 20) for ffn in sizes]
+    results = Results(rows, metric="accuracy", higher_is_better=True)
+    assert [row.submodel.ffn for row in results] == [6, (5, 9), (9, 5)]
+    results.to_csv(tmp_path / "r.csv")
+    results.to_json(tmp_path / "r.json")
+    for again in (Results.from_csv(tmp_path / "r.csv"), Results.from_json(tmp_path / "r.json")):
+        assert again.rows == results.rows

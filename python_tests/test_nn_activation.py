@@ -204,3 +204,48 @@ def test_switching_allocates_nothing(monkeypatch):
     ]
     assert grown == [] and made == []
     assert [param._version for param in model.parameters()] == versions
+
+
+def test_one_size_a_block():
+    model = sk.models.ResidualMLP(6, 16, 24, 3, 4)
+    sk.elasticize(
+        model,
+        {
+            "blocks": {"depth": "depth"},
+            "blocks.*.fc1": {"out": "ffn"},
+            "blocks.*.fc2": {"in": "ffn"},
+        },
+    )
+    x = torch.randn(5, 6)
+    sk.activate(model, sk.Submodel(depth=2, ffn=(5, 9)))
+    assert [axes_of(model)[f"blocks.{i}.fc1.out"] for i in range(2)] == [5, 9]
+    mixed = sk.export(model, sk.Submodel(depth=2, ffn=(5, 9)))
+    assert [block.fc2.in_features for block in mixed.blocks] == [5, 9]
+    torch.testing.assert_close(mixed(x), model(x))
+    sk.activate(model, sk.Submodel(depth=2, ffn=(9, 5)))
+    assert axes_of(model)["blocks.0.fc1.out"] == 9
+    sk.activate(model, sk.Submodel(ffn=24))
+    assert [block.fc1.out_axis.active for block in model.blocks] == [24] * 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"ffn": (5, 9)}, r"ffn=\(5, 9\) has 2 sizes; 'blocks' has 3 active blocks"),
+        ({"depth": 1, "ffn": (5, 9)}, "'blocks' has 1 active blocks"),
+        ({"depth": 2, "ffn": (5, 25)}, r"ffn=\(5, 25\) is not in 1\.\.24"),
+        ({"depth": (1, 1, 1)}, r"not all axes of 'depth' lie in the blocks"),
+        ({"hidden": (16, 16, 16)}, r"not all axes of 'hidden' lie in the blocks"),
+    ],
+)
+def test_sizes_by_block_that_do_not_fit(sizes, message):
+    model = sk.models.ResidualMLP(6, 16, 24, 3, 4)
+    rules = {
+        "blocks": {"depth": "depth"}, "blocks.*.fc1": {"out": "ffn", "in": "hidden"},
+        "blocks.*.fc2": {"in": "ffn"}, "head": {"in": "hidden"},
+    }  # fmt: skip
+    sk.elasticize(model, rules)
+    before = axes_of(model)
+    with pytest.raises(sk.DimensionError, match=message):
+        sk.activate(model, sk.Submodel(**sizes))
+    assert axes_of(model) == before

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sorted_kernels as sk
 from sorted_kernels import Submodel, SubmodelSpace
-from sorted_kernels.submodel import probabilities
+from sorted_kernels.submodel import parse_size, probabilities
 
 sizes = st.dictionaries(st.sampled_from("abcde"), st.integers(1, 9), min_size=1)
 
@@ -175,3 +176,51 @@ def test_probabilities_sum_to_one(weights):
     found = probabilities(weights, len(weights))
     assert sum(found) == pytest.approx(1)
     assert all((p == 0) == (w == 0) or w < 1e-300 for p, w in zip(found, weights, strict=True))
+
+
+def test_one_size_a_block():
+    mixed = Submodel(depth=2, ffn=(5, 9))
+    assert mixed.ffn == (5, 9) and mixed == Submodel(ffn=[5, 9], depth=2)
+    assert hash(mixed) == hash(Submodel(depth=2, ffn=(5, 9))) and mixed != Submodel(depth=2, ffn=7)
+    assert str(mixed) == "depth=2, ffn=(5, 9)" and eval(repr(mixed)) == mixed
+    assert pickle.loads(pickle.dumps(mixed)) == mixed
+    same_depth = [Submodel(ffn=f) for f in (6, (5, 8), 7, (5, 9), (7, 7), (6, 9), 8)]
+    shuffled = [same_depth[i] for i in (4, 1, 6, 0, 5, 3, 2)]
+    assert sorted(shuffled) == same_depth
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "fits"),
+    [
+        ((3, 4), (3, 5), True), ((3, 4), (5, 3), False), ((3,), (3, 5), True),
+        ((3, 4, 1), (9, 9), False), ((3, 4), 4, True), ((3, 4), 3, False), (3, (3, 4), True),
+        (4, (3, 4), False),
+    ],
+)  # fmt: skip
+def test_sizes_by_block_fit_in(part, whole, fits):
+    assert Submodel(ffn=part).fits_in(Submodel(ffn=whole)) is fits
+
+
+@pytest.mark.parametrize("size", [(), (0,), (3, 1.0), (2, True), (1, (2,)), "12", [3, None]])
+def test_wrong_sizes_by_block(size):
+    with pytest.raises(sk.DimensionError, match="a tuple of one for each block"):
+        Submodel(ffn=size)
+
+
+def test_a_space_of_sizes_by_block():
+    space = SubmodelSpace(depth=[2], ffn=[(5, 9), 3, (5, 8)])
+    assert space.dimensions["ffn"] == (3, (5, 8), (5, 9)) and space.largest.ffn == (5, 9)
+    assert Submodel(depth=2, ffn=(5, 8)) in space
+    listed = SubmodelSpace.of([Submodel(ffn=(5, 9)), Submodel(ffn=2)])
+    assert listed.largest.ffn == (5, 9) and list(listed)[0].ffn == 2
+
+
+@pytest.mark.parametrize("size", [7, (5, 9), (5,), (1, 2, 3)])
+def test_sizes_are_read_back(size):
+    assert parse_size(str(size)) == size
+
+
+@pytest.mark.parametrize("text", ["", "()", "(,)", "3,4", "(3,,4)", "-1", "3.0", "(3", "x"])
+def test_sizes_that_cannot_be_read(text):
+    with pytest.raises(sk.DimensionError, match=r"is not like 768 or \(1536, 768\)"):
+        parse_size(text)

@@ -16,47 +16,47 @@ Weights = str | Sequence[float]
 
 
 @functools.total_ordering
-class Submodel(Mapping[str, int]):
+class Submodel(Mapping[str, Any]):
     """One size for each dimension: ``Submodel(depth=8, hidden=384)``.
 
-    Frozen, hashable, and ordered by its sizes (dimensions in alphabetical order), so that lists of
-    sub-models sort the same way everywhere. Reads like a mapping (``s["depth"]``) or an object
-    (``s.depth``).
+    A dimension inside the blocks of a model may have one size a block, from the first on:
+    ``Submodel(depth=3, ffn=(1536, 768, 768))``, as in MatFormer's mix-and-match.
+
+    Frozen, hashable, and ordered by its sizes (dimensions in alphabetical order; sizes of blocks by
+    their mean, then one by one), so that lists of sub-models sort the same way everywhere. Reads
+    like a mapping (``s["depth"]``) or an object (``s.depth``).
 
     Raises:
-        DimensionError: A size is not an integer of at least 1, or no dimension is given.
+        DimensionError: A size is not an integer of at least 1 or a tuple of such, or no dimension
+            is given.
     """
 
     __slots__ = ("_sizes", "_key", "_hash")
-    _sizes: dict[str, int]
-    _key: tuple[tuple[str, int], ...]
+    _sizes: dict[str, Any]
+    _key: tuple[tuple[str, Any], ...]
     _hash: int
 
-    def __init__(self, **sizes: int) -> None:
+    def __init__(self, **sizes: int | Sequence[int]) -> None:
         if not sizes:
             raise DimensionError("Submodel needs at least one dimension, e.g. Submodel(depth=8)")
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise DimensionError(
-                    f"size of dimension {name!r} is {size!r}; allowed are integers of at least 1"
-                )
-        key = tuple(sorted(sizes.items()))
-        object.__setattr__(self, "_sizes", dict(sizes))
+        checked = {name: _checked(name, size) for name, size in sizes.items()}
+        key = tuple(sorted(checked.items()))
+        object.__setattr__(self, "_sizes", checked)
         object.__setattr__(self, "_key", key)
         object.__setattr__(self, "_hash", hash(key))
 
-    def replace(self, **sizes: int) -> Submodel:
+    def replace(self, **sizes: int | Sequence[int]) -> Submodel:
         """The same sub-model with some sizes changed."""
         return Submodel(**{**self._sizes, **sizes})
 
     def fits_in(self, other: Submodel) -> bool:
         """Whether every dimension here is at most the other's: this is a part of the other."""
-        return all(name in other and size <= other[name] for name, size in self._key)
+        return all(name in other and _at_most(size, other[name]) for name, size in self._key)
 
-    def __getitem__(self, name: str) -> int:
+    def __getitem__(self, name: str) -> Any:
         return self._sizes[name]
 
-    def __getattr__(self, name: str) -> int:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         try:
@@ -80,7 +80,10 @@ class Submodel(Mapping[str, int]):
         return self._key == other._key if isinstance(other, Submodel) else NotImplemented
 
     def __lt__(self, other: Submodel) -> bool:
-        return self._key < other._key if isinstance(other, Submodel) else NotImplemented
+        if not isinstance(other, Submodel):
+            return NotImplemented
+        ours, theirs = ([(n, size_order(v)) for n, v in key] for key in (self._key, other._key))
+        return ours < theirs
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._sizes,)
@@ -92,8 +95,57 @@ class Submodel(Mapping[str, int]):
         return ", ".join(f"{name}={size}" for name, size in self._sizes.items())
 
 
-def _rebuild(sizes: dict[str, int]) -> Submodel:
+def _rebuild(sizes: dict[str, Any]) -> Submodel:
     return Submodel(**sizes)
+
+
+def _checked(name: str, size: Any) -> int | tuple[int, ...]:
+    """A size as it is kept: an integer, or a tuple of one for each block."""
+    listed = isinstance(size, (tuple, list))
+    sizes = tuple(size) if listed else (size,)
+    for one in sizes:
+        if isinstance(one, bool) or not isinstance(one, int) or one < 1:
+            break
+    else:
+        if sizes:
+            return sizes if listed else size
+    raise DimensionError(
+        f"size of dimension {name!r} is {size!r}; allowed are integers of at least 1, or a tuple "
+        "of one for each block"
+    )
+
+
+def _at_most(size: Any, limit: Any) -> bool:
+    """Whether a size is at most another, block by block."""
+    if isinstance(size, tuple) and isinstance(limit, tuple):
+        return len(size) <= len(limit) and all(a <= b for a, b in zip(size, limit, strict=False))
+    if isinstance(size, tuple):
+        return max(size) <= limit
+    return size <= (min(limit) if isinstance(limit, tuple) else limit)
+
+
+def size_order(size: int | tuple[int, ...]) -> tuple[float, bool, tuple[int, ...]]:
+    """What sizes of one dimension are sorted by: one number, or one a block by their mean."""
+    if isinstance(size, tuple):
+        return sum(size) / len(size), True, size
+    return size, False, (size,)
+
+
+def parse_size(text: str) -> int | tuple[int, ...]:
+    """``"768"`` or ``"(1536, 768)"`` as a size, the way ``str`` of a sub-model writes it.
+
+    Raises:
+        DimensionError: The text is not like that.
+    """
+    inner = text.strip()
+    listed = inner.startswith("(") and inner.endswith(")")
+    parts = [part.strip() for part in (inner[1:-1] if listed else inner).split(",")]
+    if listed and len(parts) > 1 and not parts[-1]:  # Python's tuple of one
+        parts.pop()
+    if not all(part.isdecimal() for part in parts) or (not listed and len(parts) > 1):
+        raise DimensionError(f"size {text!r} is not like 768 or (1536, 768)")
+    sizes = tuple(int(part) for part in parts)
+    return sizes if listed else sizes[0]
 
 
 def probabilities(weights: Weights, count: int) -> list[float]:
@@ -149,27 +201,26 @@ class SubmodelSpace:
     """
 
     def __init__(
-        self, *, weights: Mapping[str, Weights] | None = None, **sizes: Iterable[int]
+        self, *, weights: Mapping[str, Weights] | None = None, **sizes: Iterable[Any]
     ) -> None:
         if not sizes:
             raise SpaceError("SubmodelSpace is empty: give at least one dimension with its sizes")
         weights = dict(weights or {})
-        self.dimensions: dict[str, tuple[int, ...]] = {}
+        self.dimensions: dict[str, tuple[Any, ...]] = {}
         self._cumulative: dict[str, list[float]] = {}
         for name, given in sizes.items():
             if not isinstance(given, Iterable):
                 raise SpaceError(f"dimension {name!r} is {given!r}; its sizes are given as a list")
-            values = list(given)
+            values = [_checked(name, value) for value in given]
             if not values:
                 raise SpaceError(f"dimension {name!r} has no sizes")
             if len(set(values)) != len(values):
                 raise SpaceError(f"dimension {name!r} names a size twice: {values}")
-            for value in values:
-                Submodel(**{name: value})  # one rule for what a size may be
             option = weights.pop(name, "uniform")
             if isinstance(option, str):  # named distributions run from the smallest size up
-                values.sort()
-            pairs = sorted(zip(values, probabilities(option, len(values)), strict=True))
+                values.sort(key=size_order)
+            chances = zip(values, probabilities(option, len(values)), strict=True)
+            pairs = sorted(chances, key=lambda pair: size_order(pair[0]))
             self.dimensions[name] = tuple(value for value, _ in pairs)
             self._cumulative[name] = list(itertools.accumulate(p for _, p in pairs))
         if weights:
@@ -206,7 +257,8 @@ class SubmodelSpace:
         pairs = sorted(zip(listed, probabilities(weights, len(listed)), strict=True))
         space = cls.__new__(cls)
         space.dimensions = {
-            name: tuple(sorted({submodel[name] for submodel in listed})) for name in listed[0]
+            name: tuple(sorted({submodel[name] for submodel in listed}, key=size_order))
+            for name in listed[0]
         }
         space._listed = tuple(submodel for submodel, _ in pairs)
         space._cumulative = {"": list(itertools.accumulate(p for _, p in pairs))}

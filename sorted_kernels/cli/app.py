@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +18,10 @@ from sorted_kernels.cli.comparison import BUDGETS, NORMS, PRESETS
 from sorted_kernels.cli.demo import run_demo
 from sorted_kernels.cli.recipe import OBJECTIVES, Recipe
 from sorted_kernels.cli.tasks import resolve
-from sorted_kernels.errors import OptionError
+from sorted_kernels.errors import DimensionError, OptionError
 from sorted_kernels.inference import Results, select
 from sorted_kernels.inference.results import Row
-from sorted_kernels.submodel import Submodel
+from sorted_kernels.submodel import Submodel, parse_size
 from sorted_kernels.training.baselines import METHODS
 
 app = typer.Typer(
@@ -296,18 +297,22 @@ def export_command(
 
 
 def parse_submodel(text: str) -> Submodel:
-    """``depth=6,width=4`` as a sub-model.
+    """``depth=6,width=4`` as a sub-model; ``ffn=(64,32)`` gives one size a block.
 
     Raises:
         OptionError: The text is not like that.
         DimensionError: A size is below 1.
     """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
+    sizes: dict[str, Any] = {}
+    message = f"--submodel is {text!r}; allowed is the like of depth=6,width=4"
+    for part in re.split(r",(?![^()]*\))", text):  # commas outside parentheses
         name, _, size = (piece.strip() for piece in part.partition("="))
-        if not name.isidentifier() or not size.isdecimal() or name in sizes:
-            raise OptionError(f"--submodel is {text!r}; allowed is the like of depth=6,width=4")
-        sizes[name] = int(size)
+        if not name.isidentifier() or name in sizes:
+            raise OptionError(message)
+        try:
+            sizes[name] = parse_size(size)
+        except DimensionError as error:
+            raise OptionError(message) from error
     return Submodel(**sizes)
 
 

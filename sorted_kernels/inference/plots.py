@@ -9,7 +9,7 @@ from typing import Any
 from sorted_kernels.errors import OptionError, require
 from sorted_kernels.inference.files import replacing
 from sorted_kernels.inference.results import Results, Row
-from sorted_kernels.submodel import Submodel
+from sorted_kernels.submodel import Submodel, size_order
 
 _INK, _MUTED, _FRONT, _CHOSEN = "#1f2933", "#9aa5b1", "#1f5fa8", "#c2410c"
 _COST_LABELS = {
@@ -150,8 +150,8 @@ def _best_of_cells(
     return cells
 
 
-def _order(size: int | None) -> int:
-    return 0 if size is None else size
+def _order(size: Any) -> Any:
+    return size_order(0 if size is None else size)
 
 
 def _draw_cells(axes: Any, results: Results, grid: list[list[Row | None]]) -> Any:

@@ -13,7 +13,7 @@ from typing import overload
 
 from sorted_kernels.errors import CheckpointError, OptionError, SortedKernelsError
 from sorted_kernels.inference.files import replacing
-from sorted_kernels.submodel import Submodel
+from sorted_kernels.submodel import Submodel, parse_size, size_order
 
 COSTS = ("flops", "parameters", "latency_ms")
 _FORMAT = "sorted_kernels.results"
@@ -83,7 +83,9 @@ class Results:
         for row in given:
             if set(row.submodel) != set(names):
                 raise OptionError(f"rows mix dimensions: {row.submodel!r} is among {list(names)}")
-        self.rows = tuple(sorted(given, key=lambda row: [row.submodel[name] for name in names]))
+        self.rows = tuple(
+            sorted(given, key=lambda row: [size_order(row.submodel[name]) for name in names])
+        )
         self.metric = metric
         self.higher_is_better = higher_is_better
 
@@ -282,7 +284,7 @@ def _parse_csv(text: str) -> Results:
     for number, line in enumerate(lines, start=2):
         if len(line) != len(header):
             raise ValueError(f"line {number} has {len(line)} fields, the header {len(header)}")
-        sizes = {name: int(size) for name, size in zip(header, line[:count], strict=False)}
+        sizes = {name: parse_size(size) for name, size in zip(header, line[:count], strict=False)}
         metric, higher, value, parameters, flops, latency = line[count:]
         kinds.add((metric, higher))
         milliseconds = float(latency) if latency else None

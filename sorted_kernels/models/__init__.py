@@ -1,5 +1,6 @@
 """Existing models made elastic, sub-models cut out of them, and their costs."""
 
+from sorted_kernels.models.architectures import Form, register_architecture
 from sorted_kernels.models.elasticize import elasticize
 from sorted_kernels.models.export import count_flops, count_parameters, export
 from sorted_kernels.models.preresnet import CPRERESNET_RULES, CPreResNet20, elastic_cpreresnet20
@@ -12,6 +13,7 @@ from sorted_kernels.models.residual_mlp import (
 __all__ = [
     "CPRERESNET_RULES",
     "CPreResNet20",
+    "Form",
     "RESIDUAL_MLP_RULES",
     "ResidualMLP",
     "count_flops",
@@ -20,4 +22,5 @@ __all__ = [
     "elastic_residual_mlp",
     "elasticize",
     "export",
+    "register_architecture",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +9,14 @@ import torch
 
 from sorted_kernels import nn
 from sorted_kernels.errors import RuleError
+from sorted_kernels.models.architectures import Architecture, Form, architecture_of
+from sorted_kernels.models.architectures.registry import Rules, path_regex
 from sorted_kernels.nn.activation import DECLARED, PLAN, Plan, forget_plan
-from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
+from sorted_kernels.nn.axis import AttributeAxis, AxisSpec, ElasticAxis
+from sorted_kernels.nn.layers import ElasticModule
 
-Rules = Mapping[str, Mapping[str, AxisSpec]]
-
+ARCHITECTURE = "_elastic_architecture"
+"""Attribute under which a model made elastic by a table keeps the table's name."""
 _ELASTIC: dict[type, type] = {
     torch.nn.Linear: nn.Linear,
     torch.nn.LayerNorm: nn.LayerNorm,
@@ -28,7 +30,7 @@ PLAIN = {elastic: plain for plain, elastic in _ELASTIC.items()}
 
 def elasticize(
     model: torch.nn.Module,
-    rules: Rules,
+    rules: Rules | None = None,
     *,
     dimensions: Mapping[str, int] | None = None,
     grad_mode: str = "inplace",
@@ -43,7 +45,10 @@ def elasticize(
         rules: Module path to axes, as in ``{"blocks": {"depth": "depth"}, "blocks.*.fc1":
             {"out": "ffn"}}``. ``*`` stands for one name in the path, ``**`` for any number. Axes
             are ``in`` and ``out`` of a linear, ``features`` of a norm or embedding, ``depth`` of a
-            module list or sequential. A value is a dimension's name or ``(name, multiple_of)``.
+            module list or sequential; of any other module, the names of integer attributes that it
+            computes with. A value is a dimension's name or ``(name, multiple_of)``. None for a
+            model with a table of its architecture: the classes of ``transformers`` that are listed
+            in ``sk.models.architectures``, and what ``sk.models.register_architecture`` added.
         dimensions: Full size of dimensions whose axes differ in size (``{"width": 8}``): an axis
             then follows in proportion. Also read from the model's own ``dimensions``.
         grad_mode: ``"inplace"`` or ``"dense"``, as for the layers of ``sk.nn``.
@@ -54,18 +59,25 @@ def elasticize(
     Raises:
         RuleError: A rule that matches nothing, names an unknown axis, contradicts another, or
             meets a module that has no elastic form; axes of one dimension or of one shared
-            parameter that disagree. The model is then unchanged.
+            parameter that disagree; no rules for a model without a table, or one that has modules
+            which its table does not mention. The model is then unchanged.
     """
-    matched = _match(model, rules)
+    table = None
+    if rules is None:
+        table = architecture_of(model)
+        rules = table.rules_for(model)
+        dimensions = {**table.dimensions_of(model), **(dimensions or {})}
+    forms = table.forms if table else {}
+    matched = _match(model, rules, forms)
     before = {name: (type(module), dict(module.__dict__)) for name, (module, _) in matched.items()}
-    marks = {DECLARED, PLAN}
+    marks = {DECLARED, PLAN, ARCHITECTURE}
     kept = [
         (module, {name: value for name, value in module.__dict__.items() if name in marks})
         for module in model.modules()
     ]
     try:
-        for module, axes in matched.values():
-            _swap(module, axes, grad_mode)
+        for path, (module, axes) in matched.items():
+            _swap(path, module, axes, grad_mode, forms)
         if dimensions is not None:
             model.__dict__[DECLARED] = dict(dimensions)
         forget_plan(model)
@@ -74,6 +86,9 @@ def elasticize(
         if unknown:
             raise RuleError(f"dimensions {sorted(unknown)} are declared, but no rule names them")
         _check_shared(model)
+        if table is not None:
+            _check_complete(model, table)
+            model.__dict__[ARCHITECTURE] = table.name
     except Exception as error:
         for name, (module, _) in matched.items():
             kind, state = before[name]
@@ -91,20 +106,20 @@ def elasticize(
 
 
 def _match(
-    model: torch.nn.Module, rules: Rules
+    model: torch.nn.Module, rules: Rules, forms: Mapping[str, Form]
 ) -> dict[str, tuple[torch.nn.Module, dict[str, AxisSpec]]]:
     """Find each rule's modules and merge the axes that rules give to one module."""
     if not rules:
         raise RuleError("no rules were given: elasticize would change nothing")
     matched: dict[str, tuple[torch.nn.Module, dict[str, AxisSpec]]] = {}
     for pattern, axes in rules.items():
-        regex = _regex(pattern)
+        regex = path_regex(pattern)
         found = [(name, m) for name, m in model.named_modules() if regex.fullmatch(name)]
         if not found:
             near = [name for name, m in model.named_modules() if type(m) in _ELASTIC][:8]
             raise RuleError(f"rule {pattern!r} matches no module; there are {', '.join(near)}, ...")
         for name, module in found:
-            _check_rule(name, module, pattern, axes)
+            _check_rule(name, module, pattern, axes, forms)
             merged = matched.setdefault(name, (module, {}))[1]
             for axis, spec in axes.items():
                 if merged.setdefault(axis, spec) != spec:
@@ -115,20 +130,16 @@ def _match(
     return matched
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    names = []
-    for name in pattern.split("."):
-        if name == "**":
-            names.append(r"[^.]+(?:\.[^.]+)*")
-        else:
-            names.append(re.escape(name).replace(r"\*", "[^.]*"))
-    return re.compile(r"\.".join(names))
-
-
 def _check_rule(
-    name: str, module: torch.nn.Module, pattern: str, axes: Mapping[str, AxisSpec]
+    name: str,
+    module: torch.nn.Module,
+    pattern: str,
+    axes: Mapping[str, AxisSpec],
+    forms: Mapping[str, Form],
 ) -> None:
-    target = _ELASTIC.get(type(module))
+    target = _target(module, forms)
+    if target is None and all(_is_size(module, axis) for axis in axes):
+        return
     if target is None:
         known = ", ".join(f"torch.nn.{kind.__name__}" for kind in _ELASTIC)
         raise RuleError(
@@ -148,9 +159,35 @@ def _check_rule(
             raise RuleError(f"{name} uses max_norm, scale_grad_by_freq or sparse: not elastic")
 
 
-def _swap(module: torch.nn.Module, specs: Mapping[str, AxisSpec], grad_mode: str) -> None:
+def _target(module: torch.nn.Module, forms: Mapping[str, Form]) -> type | None:
+    """The class that a module gets; None where it keeps its own."""
+    form = forms.get(type(module).__name__)
+    return form.elastic if form is not None else _ELASTIC.get(type(module))
+
+
+def _is_size(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module keeps a size under this name."""
+    value = module.__dict__.get(name)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _swap(
+    path: str,
+    module: torch.nn.Module,
+    specs: Mapping[str, AxisSpec],
+    grad_mode: str,
+    forms: Mapping[str, Form],
+) -> None:
+    target = _target(module, forms)
+    if target is None:
+        module.__dict__["axes"] = {
+            name: AttributeAxis(spec, module, name) for name, spec in specs.items()
+        }
+        return
+    if type(module).__name__ in forms:
+        module.__dict__.update(forms[type(module).__name__].attributes(path, module))
+    module.__class__ = target
     full = _full_sizes(module)
-    module.__class__ = _ELASTIC[type(module)]
     axes = {name: ElasticAxis(specs.get(name), size) for name, size in full.items()}
     elastic: Any = module
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -167,6 +204,21 @@ def _full_sizes(module: torch.nn.Module) -> dict[str, int]:
     if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
         return {"depth": len(module)}
     return {"features": nn.layers.one_axis(module)}
+
+
+def _check_complete(model: torch.nn.Module, table: Architecture) -> None:
+    """No module with parameters is left that the table says nothing about."""
+    fixed = [path_regex(pattern) for pattern in table.fixed]
+    for path, module in model.named_modules():
+        own = [name for name, param in module._parameters.items() if param is not None]
+        if not own or isinstance(module, ElasticModule):
+            continue
+        if not any(regex.fullmatch(path) for regex in fixed):
+            raise RuleError(
+                f"{path or 'the model'}, a {type(module).__name__}, has parameters "
+                f"({', '.join(own)}) that the table of {table.name!r} does not mention; "
+                "sk.elasticize(model, rules) names axes by hand"
+            )
 
 
 def _check_shared(model: torch.nn.Module) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sorted_kernels.models.elasticize import PLAIN
+from sorted_kernels.models.architectures import architecture_of
+from sorted_kernels.models.configured import build_smaller
+from sorted_kernels.models.elasticize import ARCHITECTURE, PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
@@ -21,15 +24,22 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
 
     Every elastic module becomes the ``torch.nn`` module that it was made from, with contiguous
     copies of the active slices; inactive blocks are gone; everything else is a deep copy. The
-    class of the model and parameters that modules share stay as they were.
+    class of the model and parameters that modules share stay as they were. A model that the table
+    of its architecture made elastic gets a configuration of the sub-model's sizes, so that
+    ``save_pretrained`` writes an ordinary, smaller checkpoint.
 
     Args:
         model: An elastic model.
         submodel: The sub-model to cut out.
 
     Raises:
-        DimensionError: The sub-model does not fit the model.
+        DimensionError: The sub-model does not fit the model, or the model's configuration cannot
+            describe it.
     """
+    table = architecture_of(model) if ARCHITECTURE in model.__dict__ else None
+    if table is not None and table.configuration is not None:
+        with active(model, submodel):
+            return build_smaller(model, table, submodel)
     with active(model, submodel):
         memo: dict[int, Any] = {}
         shared: dict[tuple[int, torch.Size], torch.nn.Parameter] = {}
@@ -46,7 +56,8 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
         exported = copy.deepcopy(model, memo)
     forget_plan(exported)
     for module in exported.modules():
-        module.__dict__.pop(DECLARED, None)
+        for mark in (DECLARED, ARCHITECTURE):
+            module.__dict__.pop(mark, None)
     return exported
 
 
@@ -99,7 +110,7 @@ def count_parameters(model: torch.nn.Module, submodel: Submodel) -> int:
 def count_flops(
     model: torch.nn.Module,
     submodel: Submodel,
-    input_shape: tuple[int, ...] | Tensor,
+    input_shape: tuple[int, ...] | Tensor | Mapping[str, Any],
 ) -> int:
     """Floating-point operations of one forward; a multiply-add counts 2.
 
@@ -110,7 +121,8 @@ def count_flops(
     Args:
         model: An elastic model.
         submodel: The sub-model to count.
-        input_shape: Shape of the input, batch axis included (float32 then), or an example input.
+        input_shape: Shape of the input, batch axis included (float32 then), or an example input: a
+            tensor (``input_ids``, say), or a mapping of keyword arguments.
     """
     # Imported here: the counter brings Triton along, which takes a second.
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -120,9 +132,10 @@ def count_flops(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False)
     with active(model, submodel), reference_only(), torch.no_grad(), fake, counter:
-        if isinstance(input_shape, Tensor):
-            example = input_shape.to(device)
+        if isinstance(input_shape, Mapping):
+            model(**{name: value.to(device) for name, value in input_shape.items()})
+        elif isinstance(input_shape, Tensor):
+            model(input_shape.to(device))
         else:
-            example = torch.empty(input_shape, device=device)
-        model(example)
+            model(torch.empty(input_shape, device=device))
     return counter.get_total_flops()

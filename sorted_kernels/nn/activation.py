@@ -37,15 +37,19 @@ class Plan:
     def __init__(self, model: torch.nn.Module) -> None:
         named: dict[str, list[tuple[str, ElasticAxis]]] = {}
         declared: dict[str, int] = {}
-        self.lists: list[str] = []
+        self.lists: dict[str, DepthContainer] = {}
+        self._places: dict[str, list[tuple[str, int] | None]] = {}
+        """For each axis of a dimension, the list of elastic depth and the block that it is in."""
         for path, module in model.named_modules():
             axes = getattr(module, "axes", None)
             if _is_elastic_list(module):
-                self.lists.append(path)
+                self.lists[path] = module  # type: ignore[assignment]
             for name, axis in axes.items() if isinstance(axes, dict) else ():
                 if axis.dimension is not None:
                     label = f"{path}.{name}" if path else name
                     named.setdefault(axis.dimension, []).append((label, axis))
+                    place = _place(self.lists, path)
+                    self._places.setdefault(axis.dimension, []).append(place)
             for name, full in _declared_by(module).items():
                 if declared.setdefault(name, full) != full:
                     raise DimensionError(
@@ -57,7 +61,7 @@ class Plan:
                      for name, pairs in named.items()}  # fmt: skip
         self.current = Submodel(**self._counts_now()) if self.full else None
         self._settings: dict[Submodel, dict[str, Setting]] = {}
-        self._by_size: dict[tuple[str, int], Setting] = {}
+        self._by_size: dict[tuple[str, Any], Setting] = {}
         self._applied: dict[str, Setting] = {}
 
     def _counts_now(self) -> dict[str, int]:
@@ -100,20 +104,57 @@ class Plan:
                 raise DimensionError(
                     f"dimension {name!r} is unknown here; the model has {list(self.full)}"
                 )
-            if size > self.full[name]:
+            if (max(size) if isinstance(size, tuple) else size) > self.full[name]:
                 raise DimensionError(f"{name}={size} is not in 1..{self.full[name]}")
+            if isinstance(size, tuple):
+                self._check_blocks(name, size, submodel)
         return {
             name: self._setting(name, submodel.get(name, full)) for name, full in self.full.items()
         }
 
-    def _setting(self, name: str, count: int) -> Setting:
+    def _check_blocks(self, name: str, sizes: tuple[int, ...], submodel: Submodel) -> None:
+        """A dimension with one size a block lies in one list, as many blocks deep."""
+        lists = {place and place[0] for place in self._places[name]}
+        path = next(iter(lists))
+        if len(lists) > 1 or path is None:
+            raise DimensionError(
+                f"{name}={sizes} gives one size a block, but not all axes of {name!r} lie in the "
+                "blocks of one list with elastic depth; give one size"
+            )
+        depth = self.lists[path].depth_axis
+        assert depth is not None and depth.dimension is not None
+        full = self.full[depth.dimension]
+        blocks = depth.scaled(submodel.get(depth.dimension, full), full)
+        if len(sizes) != blocks:
+            raise DimensionError(
+                f"{name}={sizes} has {len(sizes)} sizes; {path!r} has {blocks} active blocks, and "
+                "each has one"
+            )
+
+    def _setting(self, name: str, count: int | tuple[int, ...]) -> Setting:
         """What a count of a dimension sets its axes to; the same list each time."""
         setting = self._by_size.get((name, count))
         if setting is None:
-            sizes = [(axis, axis.scaled(count, self.full[name])) for axis in self.axes[name]]
-            setting = [(axis, size, axis.probe_of(size)) for axis, size in sizes]
+            setting, full = [], self.full[name]
+            for axis, place in zip(self.axes[name], self._places[name], strict=True):
+                if not isinstance(count, tuple):
+                    size = axis.scaled(count, full)
+                else:  # blocks past the active ones are not run
+                    assert place is not None
+                    size = axis.scaled(count[place[1]] if place[1] < len(count) else full, full)
+                setting.append((axis, size, axis.probe_of(size)))
             self._by_size[name, count] = setting
         return setting
+
+
+def _place(lists: dict[str, DepthContainer], path: str) -> tuple[str, int] | None:
+    """The outermost of the lists that a module is in, and the number of its block."""
+    for list_path, blocks in lists.items():
+        prefix = f"{list_path}." if list_path else ""
+        if path.startswith(prefix) and path != list_path:
+            block = path.removeprefix(prefix).partition(".")[0]
+            return list_path, list(blocks._modules).index(block)
+    return None
 
 
 def _declared_by(module: torch.nn.Module) -> dict[str, int]:

@@ -57,6 +57,31 @@ class ElasticAxis:
         return f"{self.dimension}: {self.active} of {self.full}" if self.dimension else "fixed"
 
 
+class AttributeAxis(ElasticAxis):
+    """A size that a module keeps as an integer attribute and computes with.
+
+    Args:
+        spec: As for :class:`ElasticAxis`.
+        module: The module.
+        name: The attribute, at its full size now.
+    """
+
+    __slots__ = ("_module", "_name", "_size")
+
+    def __init__(self, spec: AxisSpec, module: torch.nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+        super().__init__(spec, getattr(module, name))
+
+    @property
+    def active(self) -> int:  # type: ignore[override]
+        """The active count."""
+        return self._size
+
+    @active.setter
+    def active(self, size: int) -> None:
+        self._size = self._module.__dict__[self._name] = size
+
+
 @functools.cache
 def _probe(size: int) -> torch.Tensor:
     """An empty tensor whose shape holds a size.

@@ -118,15 +118,23 @@ class ElasticModule(torch.nn.Module):
         """The ``torch.nn`` module of the active size, on the meta device."""
         raise NotImplementedError
 
+    def active_view(self, name: str, tensor: Tensor) -> Tensor:
+        """What the active block of a parameter is of a tensor of its shape, as a view."""
+        return tensor[tuple(slice(size) for size in self.active_shapes()[name])]
+
+    def active_block(self, name: str) -> Tensor:
+        """A contiguous copy of the active block of a parameter."""
+        block = self.active_view(name, getattr(self, name).detach())
+        return block.clone(memory_format=torch.contiguous_format)
+
     def plain(self) -> torch.nn.Module:
         """A stand-alone ``torch.nn`` module of the active size with contiguous copies."""
         layer = self.stock()
-        for name, shape in self.active_shapes().items():
+        for name in self.active_shapes():
             source = getattr(self, name)
             if source is not None:
-                block = source.detach()[tuple(slice(size) for size in shape)]
-                copied = block.clone(memory_format=torch.contiguous_format)
-                setattr(layer, name, torch.nn.Parameter(copied, source.requires_grad))
+                copied = torch.nn.Parameter(self.active_block(name), source.requires_grad)
+                setattr(layer, name, copied)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
