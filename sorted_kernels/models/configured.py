@@ -21,8 +21,10 @@ from sorted_kernels.submodel import Submodel
 
 def build_smaller(
     model: torch.nn.Module, table: Architecture, submodel: Submodel
-) -> torch.nn.Module:
+) -> torch.nn.Module | None:
     """A new model of the same class whose configuration has the sub-model's sizes.
+
+    None where the table says that no configuration has them.
 
     Args:
         model: The elastic model, with the sub-model active.
@@ -37,6 +39,8 @@ def build_smaller(
     sizes = _sizes(model, submodel)
     try:
         smaller = _configuration(config, table, sizes)
+        if smaller is None:
+            return None
         with _without_initialization(), torch.device(device):
             fresh = type(model)(smaller)
     except Exception as error:  # configurations' own errors have no common class
@@ -47,6 +51,14 @@ def build_smaller(
     except RuntimeError as error:  # of load_state_dict: another size than the active block
         raise DimensionError(f"{type(config).__name__} cannot say {submodel}: {error}") from error
     return fresh
+
+
+def refuse_saving(described: str, *_args: Any, **_options: Any) -> None:
+    """In the place of ``save_pretrained`` of a model that its configuration does not describe."""
+    raise DimensionError(
+        f"{described}, so save_pretrained would write what from_pretrained cannot load; "
+        "torch.save(model), its state_dict or torch.export keep it"
+    )
 
 
 def _sizes(model: torch.nn.Module, submodel: Submodel) -> dict[str, int]:
@@ -67,8 +79,10 @@ def _sizes(model: torch.nn.Module, submodel: Submodel) -> dict[str, int]:
 
 def _configuration(config: Any, table: Architecture, sizes: dict[str, int]) -> Any:
     assert table.configuration is not None
-    fields = {**config.to_dict(), **table.configuration(config, sizes)}
-    smaller = type(config).from_dict(fields)
+    changed = table.configuration(config, sizes)
+    if changed is None:
+        return None
+    smaller = type(config).from_dict({**config.to_dict(), **changed})
     if hasattr(config, "_attn_implementation"):  # not among the fields that are saved
         smaller._attn_implementation = config._attn_implementation
     return smaller

@@ -46,9 +46,10 @@ def elasticize(
             {"out": "ffn"}}``. ``*`` stands for one name in the path, ``**`` for any number. Axes
             are ``in`` and ``out`` of a linear, ``features`` of a norm or embedding, ``depth`` of a
             module list or sequential; of any other module, the names of integer attributes that it
-            computes with. A value is a dimension's name or ``(name, multiple_of)``. None for a
-            model with a table of its architecture: the classes of ``transformers`` that are listed
-            in ``sk.models.architectures``, and what ``sk.models.register_architecture`` added.
+            computes with. A value is a dimension's name, ``(name, multiple_of)``, or ``(name,
+            sizes)`` with a size for each count. None for a model with a table of its architecture:
+            the classes of ``transformers`` that are listed in ``sk.models.architectures``, and what
+            ``sk.models.register_architecture`` added.
         dimensions: Full size of dimensions whose axes differ in size (``{"width": 8}``): an axis
             then follows in proportion. Also read from the model's own ``dimensions``.
         grad_mode: ``"inplace"`` or ``"dense"``, as for the layers of ``sk.nn``.
@@ -78,6 +79,8 @@ def elasticize(
     try:
         for path, (module, axes) in matched.items():
             _swap(path, module, axes, grad_mode, forms)
+        if table is not None and table.finish is not None:
+            table.finish(model)
         if dimensions is not None:
             model.__dict__[DECLARED] = dict(dimensions)
         forget_plan(model)

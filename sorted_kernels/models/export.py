@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sorted_kernels.models.architectures import architecture_of
-from sorted_kernels.models.configured import build_smaller
+from sorted_kernels.models.configured import build_smaller, refuse_saving
 from sorted_kernels.models.elasticize import ARCHITECTURE, PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
 from sorted_kernels.nn.layers import ElasticModule
@@ -39,7 +40,9 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
     table = architecture_of(model) if ARCHITECTURE in model.__dict__ else None
     if table is not None and table.configuration is not None:
         with active(model, submodel):
-            return build_smaller(model, table, submodel)
+            smaller = build_smaller(model, table, submodel)
+        if smaller is not None:
+            return smaller
     with active(model, submodel):
         memo: dict[int, Any] = {}
         shared: dict[tuple[int, torch.Size], torch.nn.Parameter] = {}
@@ -58,6 +61,9 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
     for module in exported.modules():
         for mark in (DECLARED, ARCHITECTURE):
             module.__dict__.pop(mark, None)
+    if table is not None and table.configuration is not None:
+        described = f"{type(model.config).__name__} cannot say {submodel}"
+        exported.__dict__["save_pretrained"] = functools.partial(refuse_saving, described)
     return exported
 
 

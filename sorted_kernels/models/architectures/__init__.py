@@ -1,6 +1,6 @@
 """Tables of the architectures that ``sk.elasticize`` knows, one file each."""
 
-from sorted_kernels.models.architectures import llama  # noqa: F401  (registers its table)
+from sorted_kernels.models.architectures import llama, mobilenet_v2  # noqa: F401  (they register)
 from sorted_kernels.models.architectures.registry import (
     Architecture,
     Form,
