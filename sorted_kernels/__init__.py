@@ -17,7 +17,15 @@ from sorted_kernels.errors import (
 )
 from sorted_kernels.models import count_flops, count_parameters, elasticize, export
 from sorted_kernels.nn import activate, active
-from sorted_kernels.ops import embedding, layer_norm, linear, rms_norm
+from sorted_kernels.ops import (
+    batch_norm,
+    embedding,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    linear,
+    rms_norm,
+)
 from sorted_kernels.row_widths import RowWidths
 from sorted_kernels.staircase import Staircase
 from sorted_kernels.submodel import Submodel, SubmodelSpace
@@ -41,12 +49,15 @@ __all__ = [
     "SubmodelSpace",
     "activate",
     "active",
+    "batch_norm",
     "count_flops",
     "count_parameters",
     "elasticize",
     "embedding",
     "export",
+    "group_norm",
     "inference",
+    "instance_norm",
     "layer_norm",
     "linear",
     "models",

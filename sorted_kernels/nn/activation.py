@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sorted_kernels.errors import DimensionError
-from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.nn.axis import ElasticAxis, Following
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
 
@@ -38,10 +38,14 @@ class Plan:
         named: dict[str, list[tuple[str, ElasticAxis]]] = {}
         declared: dict[str, int] = {}
         self.lists: list[str] = []
+        self.following: list[Following] = []
         for path, module in model.named_modules():
             axes = getattr(module, "axes", None)
             if _is_elastic_list(module):
                 self.lists.append(path)
+            follower = module.__dict__.get("following")
+            if isinstance(follower, Following):
+                self.following.append(follower)
             for name, axis in axes.items() if isinstance(axes, dict) else ():
                 if axis.dimension is not None:
                     label = f"{path}.{name}" if path else name
@@ -57,6 +61,7 @@ class Plan:
                      for name, pairs in named.items()}  # fmt: skip
         self.current = Submodel(**self._counts_now()) if self.full else None
         self._settings: dict[Submodel, dict[str, Setting]] = {}
+        self._keys: dict[Submodel, str] = {}
         self._by_size: dict[tuple[str, int], Setting] = {}
         self._applied: dict[str, Setting] = {}
 
@@ -91,6 +96,10 @@ class Plan:
                 for axis, size, probe in setting:
                     axis.active = size
                     axis.probe = probe
+        if self.following:
+            key = self._keys[submodel]
+            for follower in self.following:
+                follower.key = key
         self.current = submodel
         self._applied = _last_applied = settings
 
@@ -102,6 +111,7 @@ class Plan:
                 )
             if size > self.full[name]:
                 raise DimensionError(f"{name}={size} is not in 1..{self.full[name]}")
+        self._keys[submodel] = Following.key_of(submodel, self.full)
         return {
             name: self._setting(name, submodel.get(name, full)) for name, full in self.full.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch.compiler import is_compiling
@@ -55,6 +56,26 @@ class ElasticAxis:
 
     def __repr__(self) -> str:
         return f"{self.dimension}: {self.active} of {self.full}" if self.dimension else "fixed"
+
+
+class Following:
+    """What a layer reads that keeps something for each sub-model: which one is active.
+
+    Attributes:
+        key: The counts of the dimensions below their full size, in the order of their names, as in
+            ``"depth=8,width=4"``; ``"full"`` if there is none.
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self) -> None:
+        self.key = self.key_of({}, {})
+
+    @staticmethod
+    def key_of(submodel: Mapping[str, int], full: Mapping[str, int]) -> str:
+        """The key of a sub-model, given the full size of each dimension."""
+        below = [f"{name}={size}" for name, size in sorted(submodel.items()) if size < full[name]]
+        return ",".join(below) or "full"
 
 
 @functools.cache

@@ -118,15 +118,20 @@ class ElasticModule(torch.nn.Module):
         """The ``torch.nn`` module of the active size, on the meta device."""
         raise NotImplementedError
 
+    def sources(self) -> dict[str, Tensor]:
+        """The parameters and buffers whose blocks the active sub-model uses."""
+        found = {name: getattr(self, name) for name in self.active_shapes()}
+        return {name: source for name, source in found.items() if source is not None}
+
     def plain(self) -> torch.nn.Module:
         """A stand-alone ``torch.nn`` module of the active size with contiguous copies."""
-        layer = self.stock()
-        for name, shape in self.active_shapes().items():
-            source = getattr(self, name)
-            if source is not None:
-                block = source.detach()[tuple(slice(size) for size in shape)]
-                copied = block.clone(memory_format=torch.contiguous_format)
-                setattr(layer, name, torch.nn.Parameter(copied, source.requires_grad))
+        layer, shapes = self.stock(), self.active_shapes()
+        for name, source in self.sources().items():
+            block = source.detach()[tuple(slice(size) for size in shapes[name])]
+            copied = block.clone(memory_format=torch.contiguous_format)
+            if name not in layer._buffers:
+                copied = torch.nn.Parameter(copied, source.requires_grad)
+            setattr(layer, name, copied)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -394,9 +399,9 @@ class Embedding(ElasticModule, torch.nn.Embedding):
         )
 
 
-def check_width(x: Tensor, axis: ElasticAxis, layer: str) -> None:
-    """The input's width is the active one: a model whose axes disagree is found at once."""
-    if x.dim() < 1 or x.shape[-1] != axis.size():
+def check_width(x: Tensor, axis: ElasticAxis, layer: str, at: int = -1) -> None:
+    """The input's width, its axis ``at``, is the active one: axes that disagree are found."""
+    if x.dim() < max(1, at + 1) or x.shape[at] != axis.size():
         raise ShapeError(
             f"{layer} got x of shape {tuple(x.shape)}; its active input width is "
             f"{axis.active} of {axis.full}"
