@@ -18,7 +18,16 @@ from sorted_kernels.errors import (
 )
 from sorted_kernels.models import count_flops, count_parameters, elasticize, export
 from sorted_kernels.nn import activate, active
-from sorted_kernels.ops import conv2d, embedding, layer_norm, linear, rms_norm
+from sorted_kernels.ops import (
+    batch_norm,
+    conv2d,
+    embedding,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    linear,
+    rms_norm,
+)
 from sorted_kernels.row_widths import RowWidths
 from sorted_kernels.staircase import Staircase
 from sorted_kernels.submodel import Submodel, SubmodelSpace
@@ -43,13 +52,16 @@ __all__ = [
     "SubmodelSpace",
     "activate",
     "active",
+    "batch_norm",
     "conv2d",
     "count_flops",
     "count_parameters",
     "elasticize",
     "embedding",
     "export",
+    "group_norm",
     "inference",
+    "instance_norm",
     "layer_norm",
     "linear",
     "models",

@@ -14,6 +14,7 @@ from torch import Tensor
 from sorted_kernels.errors import DimensionError
 from sorted_kernels.models.architectures import Architecture
 from sorted_kernels.nn.activation import dimensions
+from sorted_kernels.nn.batch_norm import BatchNorm
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
@@ -123,8 +124,9 @@ def _give_parameters(fresh: torch.nn.Module, model: torch.nn.Module) -> None:
             if param is not None and source is not None:
                 kept = shared.setdefault(id(source), param)
                 module._parameters[name] = kept.requires_grad_(source.requires_grad)
+        cut = source_module.active_shapes() if isinstance(source_module, ElasticModule) else ()
         for name, buffer in module._buffers.items():
-            source = source_module._buffers.get(name)
+            source = None if name in cut else source_module._buffers.get(name)
             if buffer is not None and source is not None and buffer.shape == source.shape:
                 module._buffers[name] = source.detach().clone()
     if getattr(model, "generation_config", None) is not None:
@@ -143,6 +145,8 @@ def _active_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
         elastic = module if isinstance(module, ElasticModule) else None
         shapes = elastic.active_shapes() if elastic is not None else {}
         stored = {**module._parameters, **module._buffers}
+        if elastic is not None:  # a batch norm may have them from a set of the sub-model's own
+            stored.update(elastic.sources())
         for name, value in stored.items():
             if value is None or name in module._non_persistent_buffers_set:
                 continue
@@ -155,7 +159,10 @@ def _active_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _inactive_paths(model: torch.nn.Module) -> Iterator[str]:
+    """Beginnings of paths that the sub-model lacks: blocks, and sets within batch norms."""
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BatchNorm):
+            yield from (f"{path}.{name}." for name in module._modules)
         if isinstance(module, DepthContainer):
             for name in list(module._modules)[len(module.active_blocks()) :]:
                 yield f"{path}.{name}." if path else f"{name}."

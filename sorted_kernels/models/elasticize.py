@@ -24,6 +24,10 @@ _ELASTIC: dict[type, type] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
     torch.nn.Embedding: nn.Embedding,
+    torch.nn.BatchNorm1d: nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: nn.BatchNorm2d,
+    torch.nn.GroupNorm: nn.GroupNorm,
+    torch.nn.InstanceNorm2d: nn.InstanceNorm2d,
     torch.nn.ModuleList: nn.ModuleList,
     torch.nn.Sequential: nn.Sequential,
 }
@@ -214,6 +218,10 @@ def _full_sizes(module: torch.nn.Module) -> dict[str, int]:
         return {"features": module.embedding_dim}
     if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
         return {"depth": len(module)}
+    if isinstance(module, torch.nn.GroupNorm):
+        return {"features": module.num_channels}
+    if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+        return {"features": module.num_features}
     return {"features": nn.layers.one_axis(module)}
 
 

@@ -14,6 +14,7 @@ from sorted_kernels.models.architectures import architecture_of
 from sorted_kernels.models.configured import build_smaller, refuse_saving
 from sorted_kernels.models.elasticize import ARCHITECTURE, PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
+from sorted_kernels.nn.batch_norm import BatchNorm
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.ops.backend import reference_only
@@ -72,9 +73,9 @@ def _plain_layer(
     shared: dict[tuple[int, torch.Size], torch.nn.Parameter],
     memo: dict[int, Any],
 ) -> torch.nn.Module:
-    layer = module.plain()
+    layer, sources = module.plain(), module.sources()
     for name, param in list(layer._parameters.items()):
-        source = getattr(module, name)
+        source = sources.get(name)
         if param is not None and source is not None:
             kept = shared.setdefault((id(source), param.shape), param)
             setattr(layer, name, kept)
@@ -94,6 +95,8 @@ def active_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
         inner = current.children()
         if isinstance(current, DepthContainer):
             inner = iter(current.active_blocks())
+        elif isinstance(current, BatchNorm):  # inside are the sets of all sub-models
+            inner = iter(())
         for child in inner:
             visit(child)
 
@@ -106,9 +109,12 @@ def count_parameters(model: torch.nn.Module, submodel: Submodel) -> int:
     counts: dict[int, int] = {}
     with active(model, submodel):
         for module in active_modules(model):
-            shapes = module.active_shapes() if isinstance(module, ElasticModule) else {}
-            for name, param in module._parameters.items():
-                if param is not None:
+            shapes: dict[str, tuple[int, ...]] = {}
+            tensors: Mapping[str, Tensor | None] = module._parameters
+            if isinstance(module, ElasticModule):
+                shapes, tensors = module.active_shapes(), module.sources()
+            for name, param in tensors.items():
+                if isinstance(param, torch.nn.Parameter):
                     counts[id(param)] = torch.Size(shapes.get(name, param.shape)).numel()
     return sum(counts.values())
 

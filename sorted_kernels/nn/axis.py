@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
@@ -97,6 +99,30 @@ class AttributeAxis(ElasticAxis):
     @active.setter
     def active(self, size: int) -> None:
         self._size = self._module.__dict__[self._name] = size
+
+
+class Following:
+    """What a layer reads that keeps something for each sub-model: which one is active.
+
+    Attributes:
+        key: The counts of the dimensions below their full size, in the order of their names, as in
+            ``"depth=8,width=4"``; ``"full"`` if there is none.
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self) -> None:
+        self.key = self.key_of({}, {})
+
+    @staticmethod
+    def key_of(submodel: Mapping[str, Any], full: Mapping[str, int]) -> str:
+        """The key of a sub-model, given the full size of each dimension."""
+        below = [
+            f"{name}={size}"
+            for name, size in sorted(submodel.items())
+            if (min(size) if isinstance(size, tuple) else size) < full[name]
+        ]
+        return ",".join(below) or "full"
 
 
 @functools.cache

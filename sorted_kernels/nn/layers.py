@@ -133,23 +133,28 @@ class ElasticModule(torch.nn.Module):
         """The ``torch.nn`` module of the active size, on the meta device."""
         raise NotImplementedError
 
+    def sources(self) -> dict[str, Tensor]:
+        """The parameters and buffers whose blocks the active sub-model uses."""
+        found = {name: getattr(self, name) for name in self.active_shapes()}
+        return {name: source for name, source in found.items() if source is not None}
+
     def active_view(self, name: str, tensor: Tensor) -> Tensor:
         """What the active block of a parameter is of a tensor of its shape, as a view."""
         return active_block(tensor, self.active_shapes()[name])
 
     def active_block(self, name: str) -> Tensor:
-        """A contiguous copy of the active block of a parameter."""
-        block = self.active_view(name, getattr(self, name).detach())
+        """A contiguous copy of the active block of a parameter or buffer."""
+        block = self.active_view(name, self.sources()[name].detach())
         return block.clone(memory_format=torch.contiguous_format)
 
     def plain(self) -> torch.nn.Module:
         """A stand-alone ``torch.nn`` module of the active size with contiguous copies."""
         layer = self.stock()
-        for name in self.active_shapes():
-            source = getattr(self, name)
-            if source is not None:
-                copied = torch.nn.Parameter(self.active_block(name), source.requires_grad)
-                setattr(layer, name, copied)
+        for name, source in self.sources().items():
+            copied = self.active_block(name)
+            if name not in layer._buffers:
+                copied = torch.nn.Parameter(copied, source.requires_grad)
+            setattr(layer, name, copied)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -414,8 +419,8 @@ class Embedding(ElasticModule, torch.nn.Embedding):
 
 
 def check_width(x: Tensor, axis: ElasticAxis, layer: str, at: int = -1) -> None:
-    """The input's width is the active one: a model whose axes disagree is found at once."""
-    if x.dim() < -at or x.shape[at] != axis.size():
+    """The input's width, its axis ``at``, is the active one: axes that disagree are found."""
+    if x.dim() < max(-at, at + 1) or x.shape[at] != axis.size():
         raise ShapeError(
             f"{layer} got x of shape {tuple(x.shape)}; its active input width is "
             f"{axis.active} of {axis.full}"
