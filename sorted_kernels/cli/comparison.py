@@ -15,10 +15,11 @@ from torch import nn
 
 from sorted_kernels.data import Images, cifar10, digit_images
 from sorted_kernels.errors import CheckpointError, OptionError
-from sorted_kernels.inference import evaluate
+from sorted_kernels.inference import Results, evaluate, recalibrate
 from sorted_kernels.inference.files import replacing
 from sorted_kernels.models import CPRERESNET_RULES, CPreResNet20, elasticize
-from sorted_kernels.submodel import SubmodelSpace
+from sorted_kernels.nn import set_batch_norm_policy
+from sorted_kernels.submodel import Submodel, SubmodelSpace
 from sorted_kernels.training.baselines import METHODS, Hyperparameters, train
 
 BUDGETS = ("steps", "passes")
@@ -287,11 +288,16 @@ class Runner:
             checkpoint_dir=underway,
             progress=self.progress,
         )
-        space = SubmodelSpace(width=widths)
-        results = evaluate(model, space, self.data.test_loader(), progress=False)
+        results = self._judge(model, widths)
+        recalibrated = None
+        if run.norm == "batch":
+            for width in widths:
+                loader = self.data.train_loader(plan.batch_size, seed=run.seed)
+                recalibrate(model, Submodel(width=width), loader, batches=RECALIBRATION_BATCHES)
+            recalibrated = _accuracies(self._judge(model, widths))
         return Outcome(
-            accuracy={row.submodel["width"]: row.metric for row in results},
-            recalibrated=None,
+            accuracy=_accuracies(results),
+            recalibrated=recalibrated,
             flops={row.submodel["width"]: row.flops for row in results},
             steps=run.steps,
             passes=passes,
@@ -301,10 +307,21 @@ class Runner:
     def _network(self, run: Run, full: int, widths: Sequence[int]) -> nn.Module:
         norm = "instance" if run.norm == "instance" else "batch"
         model = CPreResNet20(self.data.shape[0], norm=norm, block=self.comparison.block, width=full)
-        return elasticize(model, CPRERESNET_RULES).to(self.device)
+        elasticize(model, CPRERESNET_RULES).to(self.device)
+        if run.norm == "switchable":
+            set_batch_norm_policy(model, "switchable", SubmodelSpace(width=widths))
+        return model
+
+    def _judge(self, model: nn.Module, widths: Sequence[int]) -> Results:
+        space = SubmodelSpace(width=widths)
+        return evaluate(model, space, self.data.test_loader(), progress=False)
 
     def _file(self, run: Run) -> Path:
         return self.out / FINISHED / f"{run.name}.json"
+
+
+def _accuracies(results: Results) -> dict[int, float]:
+    return {row.submodel["width"]: row.metric for row in results}
 
 
 def _merge(parts: list[Outcome]) -> Outcome:
