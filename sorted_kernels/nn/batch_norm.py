@@ -84,6 +84,7 @@ class BatchNorm(ElasticModule):
 
     OP = "batch_norm"
     AXES = ("features",)
+    STOCK: type[torch.nn.BatchNorm1d] | type[torch.nn.BatchNorm2d]
     features_axis: ElasticAxis
     weight: Any
     bias: Any
@@ -181,10 +182,10 @@ class BatchNorm(ElasticModule):
                     f"{type(self).__name__} has {active} of {self.num_features} channels active; "
                     f"its switchable sets are for {', '.join(map(str, self.listed))}"
                 )
-            owner = self._sets(SWITCH).get(str(active), self)  # the full size has the layer's own
+            owner = self.sets(SWITCH).get(str(active), self)  # the full size has the layer's own
         if self.training and not self.calibrating:
             return owner, owner
-        return owner, self._sets(RECALIBRATED).get(self.following.key, owner)
+        return owner, self.sets(RECALIBRATED).get(self.following.key, owner)
 
     def sources(self) -> dict[str, Tensor]:
         """The parameters and statistics in force when the active sub-model is evaluated."""
@@ -205,8 +206,7 @@ class BatchNorm(ElasticModule):
 
     def stock(self) -> torch.nn.Module:
         """The ``torch.nn`` module of the active channels."""
-        kind = type(self).__mro__[2]
-        made = kind(
+        made = self.STOCK(
             self.features_axis.active, self.eps, self.momentum, self.affine,
             self.track_running_stats, device="meta",
         )  # fmt: skip
@@ -214,12 +214,13 @@ class BatchNorm(ElasticModule):
             made.register_parameter("bias", None)
         return made
 
-    def _sets(self, name: str) -> Mapping[str, Any]:
+    def sets(self, name: str) -> Mapping[str, Any]:
+        """The sets of one kind: ``"switch"`` by channel count, ``"recalibrated"`` by sub-model."""
         held = self._modules.get(name)
         return {} if held is None else held._modules
 
     def _note_sets(self) -> None:
-        self.has_sets = bool(self.listed or self._sets(RECALIBRATED))
+        self.has_sets = bool(self.listed or self.sets(RECALIBRATED))
 
     def hold(self, name: str, sets: Mapping[str, BatchNormSet]) -> None:
         """Replace all sets of one kind."""
@@ -269,7 +270,7 @@ class BatchNorm(ElasticModule):
 
     def adopt(self, sizes: Mapping[str, int]) -> None:
         """Hold measured statistics for these sub-models and no others, for values to be loaded."""
-        held = self._sets(RECALIBRATED)
+        held = self.sets(RECALIBRATED)
         if {key: one.running_mean.numel() for key, one in held.items()} != dict(sizes):
             made = {key: BatchNormSet(self, c, STATISTICS) for key, c in sizes.items()}
             self.hold(RECALIBRATED, made)
@@ -278,6 +279,8 @@ class BatchNorm(ElasticModule):
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
     """``torch.nn.BatchNorm1d``, x (N, c) or (N, c, L); arguments are :class:`BatchNorm`'s."""
 
+    STOCK = torch.nn.BatchNorm1d
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 3):
             raise ShapeError(f"BatchNorm1d got x of shape {tuple(input.shape)}; 2 or 3 axes wanted")
@@ -285,6 +288,8 @@ class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
 
 class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d``, x (N, c, H, W); arguments are :class:`BatchNorm`'s."""
+
+    STOCK = torch.nn.BatchNorm2d
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 4:
