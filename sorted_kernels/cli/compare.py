@@ -48,7 +48,7 @@ def run_compare(
 
     with runs.threads(comparison.threads):
         outcomes = _run_all(comparison, runner, say)
-    found = comparison_report.columns(comparison, outcomes)
+    found = comparison_report.columns(comparison, outcomes, runner.flops())
     for table in comparison_report.tables(found):
         console.print(table)
     for path in comparison_report.write(found, out):

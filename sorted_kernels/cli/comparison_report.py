@@ -69,19 +69,22 @@ class Column:
         return statistics.fmean(self.mean(width) for width in self.accuracies)
 
 
-def columns(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> list[Column]:
+def columns(
+    comparison: Comparison, outcomes: Mapping[str, Outcome], flops: dict[int, int]
+) -> list[Column]:
     """Every column of every table whose runs are all there.
 
     Args:
         comparison: What was run.
         outcomes: By the run's name.
+        flops: Of one image, at each width.
     """
     found = []
     for budget in comparison.budgets:
         for group in _GROUPS:
             for method in comparison.methods:
                 for norm in comparison.norms:
-                    column = _column(comparison, outcomes, budget, group, method, norm)
+                    column = _column(comparison, outcomes, flops, budget, group, method, norm)
                     if column is not None:
                         found.append(column)
     return found
@@ -90,6 +93,7 @@ def columns(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> list[Col
 def _column(
     comparison: Comparison,
     outcomes: Mapping[str, Outcome],
+    flops: dict[int, int],
     budget: str,
     group: str,
     method: str,
@@ -112,7 +116,7 @@ def _column(
         group,
         METHODS[method].title + (" (shared)" if shared else ""),
         {width: [accuracy[width] for accuracy in kept] for width in comparison.widths},
-        done[0].flops,
+        flops,
         [outcome.steps for outcome in done],
         [outcome.passes for outcome in done],
         [outcome.seconds for outcome in done if outcome.seconds is not None],

@@ -89,7 +89,7 @@ def embed_prefix(prefix: Tensor, shape: torch.Size) -> Tensor:
 
 def active_block(param: Tensor, sizes: Sequence[int]) -> Tensor:
     """The leading block of a parameter, and the centre of its taps if it has any; a view."""
-    block = param[: sizes[0]]
+    block = param[: sizes[0]] if sizes else param  # a count has no axis
     if len(sizes) > 1:
         block = block[:, : sizes[1]]
     return centre(block, sizes[2:]) if len(sizes) > 2 else block
