@@ -253,7 +253,9 @@ def _check_shared(model: torch.nn.Module) -> None:
         rows, taps = axes.get("out"), axes.get("kernel_size")
         cols = axes.get("in") or axes["features"]
         cut = tuple(
-            (axis.dimension, axis.multiple_of) if axis is not None and axis.dimension else None
+            (axis.dimension, axis.sizes or axis.multiple_of)
+            if axis is not None and axis.dimension
+            else None
             for axis in (rows, cols, taps)
         )
         other, first = seen.setdefault(id(weight), (path, cut))
