@@ -62,6 +62,38 @@ def layer_norm_backward():
         yield torch.randn(3, 4), x, mean, rstd, torch.randn(6), *needs
 
 
+def batch_norm():
+    statistics = torch.randn(6), torch.rand(6) + 1
+    for x in (leaf(3, 4), leaf(3, 4, 2), leaf(3, 4, 2, 5)):
+        yield x, leaf(6), leaf(6), *statistics, True, 0.1, 1e-5
+        yield x, leaf(6), None, *statistics, False, 0.1, 1e-5
+    last = torch.randn(3, 4, 2, 5).contiguous(memory_format=torch.channels_last)
+    yield last.requires_grad_(), leaf(6), leaf(4), None, None, True, 0.0, 1e-5
+    yield leaf(3, 4, dtype=torch.bfloat16), None, None, *statistics, True, 0.1, 1e-5
+
+
+def batch_norm_backward():
+    statistics = torch.randn(4), torch.rand(4) + 1
+    for training in (True, False):
+        for needs in ((True, True, True), (False, True, False), (True, False, False)):
+            values = torch.randn(3, 4, 2), torch.randn(3, 4, 2), *statistics, torch.randn(6)
+            yield *values, training, *needs
+
+
+def group_norm():
+    for x in (leaf(3, 4), leaf(3, 4, 2), leaf(3, 4, 2, 5)):
+        yield x, leaf(6), leaf(4), 2, 1e-5
+    last = torch.randn(3, 4, 2, 5).contiguous(memory_format=torch.channels_last)
+    yield last.requires_grad_(), leaf(6), None, 4, 1e-5
+    yield leaf(3, 4, 3, dtype=torch.bfloat16), None, None, 1, 1e-5
+
+
+def group_norm_backward():
+    for needs in ((True, True, True), (False, True, False), (True, False, False)):
+        statistics = torch.randn(6), torch.rand(6) + 1
+        yield torch.randn(3, 4, 5), torch.randn(3, 4, 5), *statistics, torch.randn(6), 2, *needs
+
+
 def rms_norm():
     yield leaf(3, 4), leaf(6), 1e-5
     yield leaf(3, 4, dtype=torch.bfloat16), None, 1e-5
@@ -167,6 +199,7 @@ SAMPLES = {
         ragged_linear_dgrad, ragged_linear_wgrad, ragged_linear_bias_grad, ragged_layer_norm,
         ragged_layer_norm_backward, ragged_rms_norm, ragged_rms_norm_backward, ragged_embedding,
         ragged_embedding_backward, ragged_linear_accumulate, ragged_embedding_accumulate,
+        batch_norm, batch_norm_backward, group_norm, group_norm_backward,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed
@@ -199,7 +232,15 @@ def test_every_sample_names_an_op():
 
 def test_sizes_in_schemas_are_symbolic():
     """A plain int in a schema would compile a graph for every size."""
-    sizes = ("out_features", "in_features", "features", "rows", "handle", "padding_idx")
+    sizes = (
+        "out_features",
+        "in_features",
+        "features",
+        "rows",
+        "handle",
+        "padding_idx",
+        "num_groups",
+    )
     for name in op_names():
         text = str(getattr(torch.ops.sorted_kernels, name).default._schema)
         for size in sizes:
