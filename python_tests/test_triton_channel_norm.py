@@ -28,14 +28,15 @@ EPS = 1e-3
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 by_format = pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
 # Rows and columns on both sides of a tile, one channel, many samples, an aligned size.
-FIXED = [
-    (1, 1, (2, 1)),
-    (3, 16, (4, 4)),
-    (70, 33, ()),
-    (2, 5, (37, 31)),
-    (40, 3, (9, 5)),
-    (2, 70, (7,)),
-]
+FIXED = {
+    "one": (1, 1, (2, 1), False),
+    "aligned-NCHW": (3, 16, (4, 4), False),
+    "aligned-NHWC": (3, 16, (4, 4), True),
+    "flat": (40, 20, ()),
+    "long-NCHW": (2, 3, (37, 31), False),
+    "long-NHWC": (2, 5, (37, 11), True),
+    "odd": (2, 33, (7,)),
+}
 
 
 def formatted(x, last):
@@ -141,7 +142,7 @@ anything = given(
     n=st.integers(1, 9), c=st.integers(1, 20), space=spaces, last=st.booleans(),
     add=st.tuples(st.booleans(), st.booleans()), wish=st.integers(1, 40),
 )  # fmt: skip
-few = settings(max_examples=6, deadline=None, derandomize=True, phases=(Phase.generate,))
+few = settings(max_examples=4, deadline=None, derandomize=True, phases=(Phase.generate,))
 
 
 @by_dtype
@@ -159,13 +160,13 @@ def test_group_norm_any_size(dtype, n, c, space, last, add, wish):
 
 
 @by_dtype
-@by_format
-@pytest.mark.parametrize(("n", "c", "space"), FIXED)
-def test_fixed_sizes(dtype, last, n, c, space):
-    check_batch_norm(dtype, n, c, space, last, True)
-    check_batch_norm(dtype, n, c, space, last, False)
-    check_group_norm(dtype, n, c, space, last, c)
-    check_group_norm(dtype, n, c, space, last, groups_of(c, 3))
+@pytest.mark.parametrize("size", FIXED)
+def test_fixed_sizes(dtype, size):
+    n, c, space, *last = FIXED[size]
+    check_batch_norm(dtype, n, c, space, last == [True], True)
+    check_batch_norm(dtype, n, c, space, last == [True], False)
+    check_group_norm(dtype, n, c, space, last == [True], c)
+    check_group_norm(dtype, n, c, space, last == [True], groups_of(c, 3))
 
 
 @by_format

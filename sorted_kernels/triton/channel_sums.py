@@ -94,10 +94,10 @@ def _moments_kernel(
         tl.store(mean_ptr + part + cols, merged, mask=cols < end)
         tl.store(square_ptr + part + cols, squares, mask=cols < end)
     else:
-        total = tl.maximum(tl.sum(tl.sum(count, axis=0), axis=0), 1.0)
-        merged = tl.sum(tl.sum(count * mean, axis=0), axis=0) / total
+        total = tl.maximum(tl.sum(count), 1.0)
+        merged = tl.sum(count * mean) / total
         apart = mean - merged
-        squares = tl.sum(tl.sum(square + count * apart * apart, axis=0), axis=0)
+        squares = tl.sum(square + count * apart * apart)
         tl.store(mean_ptr + part + tl.program_id(1), merged)
         tl.store(square_ptr + part + tl.program_id(1), squares)
 
@@ -203,10 +203,8 @@ def _gradient_sums_kernel(
         place = tl.program_id(0) // splits * groups + own // (channels // groups)
     if INNER:
         mean = tl.load(mean_ptr + place, mask=own < end, other=0.0)[None, :]
-        rstd = tl.load(rstd_ptr + place, mask=own < end, other=0.0)
     else:
         mean = tl.load(mean_ptr + place)
-        rstd = tl.load(rstd_ptr + place)
     weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for start in range(first, last, BLOCK_ROWS):
@@ -221,13 +219,13 @@ def _gradient_sums_kernel(
             weight_sum += dy * (x.to(tl.float32) - mean)
             bias_sum += dy
     part = tl.program_id(0) * tl.cast(channels, tl.int64)
-    weight_total, bias_total = tl.sum(weight_sum, axis=0), tl.sum(bias_sum, axis=0)
     if INNER:
-        tl.store(weight_sum_ptr + part + own, weight_total * rstd, mask=own < end)
-        tl.store(bias_sum_ptr + part + own, bias_total, mask=own < end)
+        rstd = tl.load(rstd_ptr + place, mask=own < end, other=0.0)
+        tl.store(weight_sum_ptr + part + own, tl.sum(weight_sum, axis=0) * rstd, mask=own < end)
+        tl.store(bias_sum_ptr + part + own, tl.sum(bias_sum, axis=0), mask=own < end)
     else:
-        tl.store(weight_sum_ptr + part + own, tl.sum(weight_total, axis=0) * rstd)
-        tl.store(bias_sum_ptr + part + own, tl.sum(bias_total, axis=0))
+        tl.store(weight_sum_ptr + part + own, tl.sum(weight_sum) * tl.load(rstd_ptr + place))
+        tl.store(bias_sum_ptr + part + own, tl.sum(bias_sum))
 
 
 @dataclass(frozen=True)
