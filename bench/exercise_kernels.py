@@ -35,6 +35,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "layer_norm": lambda: sk.nn.LayerNorm(FEATURES, dim="features"),
     "rms_norm": lambda: sk.nn.RMSNorm(FEATURES, eps=1e-6, dim="features"),
+    "batch_norm": lambda: sk.nn.BatchNorm1d(FEATURES, dim="features"),
+    "group_norm": lambda: sk.nn.GroupNorm(FEATURES, FEATURES, dim="features"),
     "embedding": lambda: sk.nn.Embedding(TABLE, FEATURES, dim="features"),
 }
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -47,7 +49,8 @@ def _input(name: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if name == "embedding":
         return torch.randint(TABLE, (ROWS,), generator=generator)
-    return torch.randn(ROWS, ACTIVE, generator=generator).to(dtype)
+    space = (6,) if name == "group_norm" else ()  # one channel a group: more than one value each
+    return torch.randn(ROWS, ACTIVE, *space, generator=generator).to(dtype)
 
 
 def train(layer: nn.Module, x: Tensor, optimizer: str) -> list[Tensor]:

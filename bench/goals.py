@@ -64,6 +64,7 @@ EXPECTED = {
         "depthwise": "depthwise convolution",
         "layer_norm": "layer norm",
         "rms_norm": "RMS norm",
+        "batch_norm": "batch norm",
         "linear_cross_entropy": "linear and cross-entropy in one, 8 exits",
         "lora": "LoRA",
         "adamw": "staircase AdamW",
@@ -100,7 +101,7 @@ def goals_for(
         return _linear_goals(sizes)
     if kernel == "host" and mode == "forward+backward":
         return (Goal("B0", 0.4),)
-    if kernel in ("layer_norm", "rms_norm"):
+    if kernel in ("layer_norm", "rms_norm", "batch_norm"):
         return Goal("B2", 1 / 1.3), Goal(LIMIT, 1 / 0.9)
     if kernel == "adamw":
         return _adamw_goals(sizes)

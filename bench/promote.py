@@ -21,6 +21,8 @@ TESTS = {
     "cuda_linear": "test_cuda_linear",
     "layer_norm": "test_triton_norm",
     "rms_norm": "test_triton_norm",
+    "batch_norm": "test_triton_channel_norm",
+    "group_norm": "test_triton_channel_norm",
     "embedding": "test_triton_embedding",
     "staircase_optimizer": "test_optimizer_device",
 }

@@ -41,6 +41,24 @@ class NormShape:
 
 
 @dataclass(frozen=True)
+class ChannelNormShape:
+    """A norm over the first c of C channels: x (N, c, H, H)."""
+
+    N: int
+    C: int
+    c: int
+    H: int
+
+    def __str__(self) -> str:
+        return format_sizes(N=self.N, C=self.C, c=self.c, H=self.H)
+
+    @property
+    def elements(self) -> int:
+        """Of x."""
+        return self.N * self.c * self.H * self.H
+
+
+@dataclass(frozen=True)
 class EmbeddingShape:
     """A look-up of N rows of a (V, K) table, the first k features of each."""
 
@@ -160,6 +178,8 @@ NORM_GPU = [
         (4096, 8192, 4097),
     )
 ]
+CHANNEL_NORM_CPU = [ChannelNormShape(16, 64, c, 16) for c in (15, 64)]
+CHANNEL_NORM_GPU = [ChannelNormShape(128, 256, c, 32) for c in (64, 127, 256)]
 EMBEDDING_CPU = [EmbeddingShape(1024, 8192, 512, k) for k in (63, 512)]
 EMBEDDING_GPU = [EmbeddingShape(16384, 32768, 4096, k) for k in (512, 2047, 4096)]
 ADAMW_CPU = [AdamWShape(4, 1024, 1024, m, m) for m in (128, 513, 1024)]

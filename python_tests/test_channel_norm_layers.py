@@ -112,6 +112,20 @@ def test_only_the_prefix_of_gradients_and_statistics_is_written(norm, route, dty
 
 
 @norms
+@in_place_routes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_input_that_needs_no_gradient(norm, route, layout, monkeypatch):
+    x, p = LAYOUTS[layout](torch.randn(3, 6, 4, 5)), values(norm, 6, torch.float32)
+    dy = torch.randn_like(x)
+    layer = layer_with(norm, 9, p, x, **take(monkeypatch, route))
+    layer(x).backward(dy)
+    _, exact = judged(norm, x, p, dy)
+    for name, gradient in exact.gradients.items():
+        found = getattr(layer, name).grad[:6].double()
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
+
+
+@norms
 def test_gradients_accumulate_over_sizes(norm, monkeypatch):
     """What lands in place adds up to what autograd adds up."""
     found = []

@@ -96,13 +96,14 @@ def test_prefix_and_contiguous_copy_give_the_same_bits(norm):
 
 @pytest.mark.parametrize("norm", TRAINED, ids=str)
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
-def test_only_the_wanted_gradients(norm, wanted):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_only_the_wanted_gradients(norm, wanted, layout):
     if wanted == "bias" and "bias" not in norm.names:
         wanted = "weight"
     x, p = torch.randn(3, 6, 4, 5), values(norm, 6, torch.float32)
     dy = torch.randn_like(x)
     _, exact = judged(norm, x, p, dy)
-    leaves = {"x": x, **p}
+    leaves = {"x": LAYOUTS[layout](x), **p}
     leaves = {name: v.clone().requires_grad_(name == wanted) for name, v in leaves.items()}
     norm.ours(leaves.pop("x") if wanted != "x" else leaves["x"], leaves).backward(dy)
     found = [name for name, value in leaves.items() if value.grad is not None]

@@ -135,8 +135,15 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     """Norms at the widths where the tiling changes, column sums, embedding."""
     import torch
 
+    from sorted_kernels.triton import (
+        batch_norm,
+        embedding,
+        group_norm,
+        layer_norm,
+        linear,
+        rms_norm,
+    )
     from sorted_kernels.triton import decode as decoding
-    from sorted_kernels.triton import embedding, layer_norm, linear, rms_norm
 
     weight = torch.zeros(16384, dtype=dtype)
 
@@ -159,6 +166,22 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         runs = [(1, 1, k), (3, 1, k - 32)]
         rms_norm.ragged_rms_norm(x, weight, runs, 1e-5)
         rms_norm.ragged_rms_norm_backward_into(x, x, rows, weight, runs, weight, True)
+
+    def outer(k):
+        channels(torch.zeros(2, 5, k, dtype=dtype))
+
+    def inner(k):
+        channels(torch.zeros(2, 4, 4, k, dtype=dtype).permute(0, 3, 1, 2))
+
+    def channels(x):
+        c = x.shape[1]
+        one, many, part = torch.zeros(c), torch.zeros(2 * c), weight[:c]
+        batch_norm.batch_norm(x, weight, weight, weight, weight, True, 0.1, 1e-5)
+        group_norm.group_norm(x, weight, weight, c, 1e-5)
+        outs = part, part, True, True
+        for training in (True, False):
+            batch_norm.batch_norm_backward_into(x, x, one, one, weight, training, *outs)
+        group_norm.group_norm_backward_into(x, x, many, many, weight, c, *outs)
 
     def sums(k):
         linear.bias_grad_into(torch.zeros(4, k, dtype=dtype), weight[:k], True)
@@ -184,6 +207,8 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     for function, widths in (
         (layer, (63, 768, 4095, 8191, 8192, 16384)),
         (rms, (64, 8192, 16384)),
+        (outer, (63, 1024)),
+        (inner, (63, 256)),
         (sums, (63, 64)),
         (lookup, (63, 768)),
         (decode, (1023, 1024)),

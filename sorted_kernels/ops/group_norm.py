@@ -33,7 +33,7 @@ from sorted_kernels.ops.gradient import (
 )
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference.affine import prefix_of
-from sorted_kernels.reference.group_norm import dense_for_torch, sizes_for_torch
+from sorted_kernels.reference.group_norm import dense_for_torch, sizes_for_torch, torch_wants
 
 LIBRARY.define(
     "group_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt num_groups, float eps)"
@@ -154,7 +154,7 @@ class _GroupNormOnBlocks(Function):
         blocks, need_dx, wanted = ctx.blocks, ctx.needs_input_grad[0], parameters_wanted()
         weight_slot = blocks.weight_slot if wanted else None
         bias_slot = blocks.bias_slot if wanted else None
-        wants = [need_dx, weight_slot is not None, bias_slot is not None]
+        wants = torch_wants(x, need_dx, weight_slot is not None, bias_slot is not None)
         upstream = dense_for_torch(dy, like=x)
         dx, dw, db = _native_backward(upstream, x, mean, rstd, weight, *ctx.sizes, wants)
         if weight_slot is not None:

@@ -27,6 +27,14 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "layer_norm": (*_TRITON, "triton/layer_norm.py", "triton/norm.py", "triton/column_sum.py"),
     "rms_norm": (*_TRITON, "triton/rms_norm.py", "triton/norm.py", "triton/column_sum.py"),
+    "batch_norm": (
+        *_TRITON, "triton/batch_norm.py", "triton/channels.py", "triton/channel_sums.py",
+        "triton/column_sum.py",
+    ),
+    "group_norm": (
+        *_TRITON, "triton/group_norm.py", "triton/channels.py", "triton/channel_sums.py",
+        "triton/column_sum.py",
+    ),
     "embedding": (*_TRITON, "triton/embedding.py"),
     "cuda_linear": (
         "cuda/gemm.py", "cuda/linear.py", "csrc/kernels/gemm_sm90.cu",

@@ -53,7 +53,7 @@ def group_norm_backward_into(
     given = dense_for_torch(given)
     upstream = dense_for_torch(dy.to(given.dtype), like=given)
     kind = given.dtype if scale is None else scale.dtype
-    wants = [need_dx, weight_out is not None, bias_out is not None]
+    wants = torch_wants(given, need_dx, weight_out is not None, bias_out is not None)
     dx, dw, db = torch.ops.aten.native_group_norm_backward(
         upstream, given, mean.to(kind), rstd.to(kind), scale, *sizes_for_torch(x), num_groups,
         wants,
@@ -73,6 +73,11 @@ def dense_for_torch(x: Tensor, like: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu":
         return dense(x, torch.contiguous_format)
     return dense(x, suggest_memory_format(x if like is None else like))
+
+
+def torch_wants(x: Tensor, need_dx: bool, need_weight: bool, need_bias: bool) -> list[bool]:
+    """Which gradients to ask torch for: in channels_last its CPU kernel fails without x's."""
+    return [need_dx or not x.is_contiguous(), need_weight, need_bias]
 
 
 def _in_torchs_dtype(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
