@@ -191,7 +191,7 @@ def check_bias_grad(dy: Tensor, accumulate: bool):
 
 @by_case
 @by_layout
-@by_dtype
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
 def test_every_kind(dtype, layout, case):
     check_forward(case, dtype, layout)
     check_backward(case, dtype, layout, accumulate=True)
@@ -236,9 +236,10 @@ def test_every_activation(layout, activation, kind):
 @pytest.mark.parametrize("kind", ["dense", "dense-aligned"])
 @by_dtype
 def test_every_tiling(dtype, kind):
+    case = replace(CASES[kind], images=1, size=(3, 4))
     for config in conv_config.all_conv_configs(dtype, kind == "dense-aligned"):
-        check_forward(CASES[kind], dtype, torch.channels_last, config=config)
-        check_backward(CASES[kind], dtype, torch.channels_last, True, config=config)
+        check_forward(case, dtype, torch.channels_last, config=config)
+        check_backward(case, dtype, torch.channels_last, True, config=config)
 
 
 @pytest.mark.parametrize("kind", ["strided", "dense-aligned", "grouped", "depthwise", "pointwise"])
@@ -280,8 +281,8 @@ def test_expanded_gradient():
 @by_layout
 def test_gradients_in_several_parts(monkeypatch, layout, kind):
     """Pixels are cut into parts where a weight has few tiles; their sum has a fixed order."""
-    monkeypatch.setattr(conv_wgrad, "MIN_PIXELS", 8)
-    monkeypatch.setattr(depthwise, "MIN_PIXELS", 8)
+    monkeypatch.setattr(conv_wgrad, "MIN_PIXELS", 16 if kind == "grouped-aligned" else 40)
+    monkeypatch.setattr(depthwise, "MIN_PIXELS", 40)
     limits = DeviceLimits(multiprocessors=200, shared_memory=99 * 1024)
     for module in (conv_wgrad, depthwise):
         monkeypatch.setattr(module, "device_limits", lambda device: limits)
@@ -297,8 +298,7 @@ def test_gradients_in_several_parts(monkeypatch, layout, kind):
     monkeypatch.setattr(depthwise, "parts_of", counted)
     for accumulate in (True, False):
         check_backward(case, torch.float32, layout, accumulate)
-    check_backward(case, torch.float16, layout, True)
-    assert len(counts) == 3 and min(counts) > 1
+    assert len(counts) == 2 and min(counts) > 1
 
 
 def test_bias_gradient_of_many_pixels_takes_two_stages():

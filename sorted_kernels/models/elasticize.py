@@ -12,11 +12,13 @@ from sorted_kernels import nn
 from sorted_kernels.errors import RuleError
 from sorted_kernels.nn.activation import DECLARED, PLAN, Plan, forget_plan
 from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
+from sorted_kernels.nn.conv import conv_axes
 
 Rules = Mapping[str, Mapping[str, AxisSpec]]
 
 _ELASTIC: dict[type, type] = {
     torch.nn.Linear: nn.Linear,
+    torch.nn.Conv2d: nn.Conv2d,
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
     torch.nn.Embedding: nn.Embedding,
@@ -39,11 +41,13 @@ def elasticize(
     change their class to the one of ``sk.nn`` with the same name.
 
     Args:
-        model: Any module made of linear, norm and embedding modules and module lists.
+        model: Any module made of linear, convolution, norm and embedding modules and module lists.
         rules: Module path to axes, as in ``{"blocks": {"depth": "depth"}, "blocks.*.fc1":
             {"out": "ffn"}}``. ``*`` stands for one name in the path, ``**`` for any number. Axes
-            are ``in`` and ``out`` of a linear, ``features`` of a norm or embedding, ``depth`` of a
-            module list or sequential. A value is a dimension's name or ``(name, multiple_of)``.
+            are ``in`` and ``out`` of a linear or convolution (one of the two is enough where it
+            has groups), ``kernel_size`` of a convolution, ``features`` of a norm or embedding,
+            ``depth`` of a module list or sequential. A value is a dimension's name or ``(name,
+            multiple_of)``.
         dimensions: Full size of dimensions whose axes differ in size (``{"width": 8}``): an axis
             then follows in proportion. Also read from the model's own ``dimensions``.
         grad_mode: ``"inplace"`` or ``"dense"``, as for the layers of ``sk.nn``.
@@ -149,14 +153,19 @@ def _check_rule(
 
 
 def _swap(module: torch.nn.Module, specs: Mapping[str, AxisSpec], grad_mode: str) -> None:
-    full = _full_sizes(module)
+    axes = _axes(module, specs)
     module.__class__ = _ELASTIC[type(module)]
-    axes = {name: ElasticAxis(specs.get(name), size) for name, size in full.items()}
     elastic: Any = module
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         elastic.make_elastic(**axes)
     else:
         elastic.make_elastic(grad_mode, **axes)
+
+
+def _axes(module: torch.nn.Module, specs: Mapping[str, AxisSpec]) -> dict[str, ElasticAxis]:
+    if isinstance(module, torch.nn.Conv2d):
+        return conv_axes(module, specs)
+    return {n: ElasticAxis(specs.get(n), size) for n, size in _full_sizes(module).items()}
 
 
 def _full_sizes(module: torch.nn.Module) -> dict[str, int]:
@@ -177,13 +186,13 @@ def _check_shared(model: torch.nn.Module) -> None:
         if not isinstance(axes, dict):
             continue
         weight = module._parameters.get("weight")
-        if weight is None or weight.dim() != 2:
+        if weight is None or weight.dim() not in (2, 4):
             continue
-        rows = axes.get("out")
+        rows, taps = axes.get("out"), axes.get("kernel_size")
         cols = axes.get("in") or axes["features"]
         cut = tuple(
             (axis.dimension, axis.multiple_of) if axis is not None and axis.dimension else None
-            for axis in (rows, cols)
+            for axis in (rows, cols, taps)
         )
         other, first = seen.setdefault(id(weight), (path, cut))
         if first != cut:

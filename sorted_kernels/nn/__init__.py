@@ -2,10 +2,12 @@
 
 from sorted_kernels.nn.activation import activate, active, current, depth_lists, dimensions
 from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.nn.conv import Conv2d
 from sorted_kernels.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
 from sorted_kernels.nn.module_list import ModuleList, Sequential
 
 __all__ = [
+    "Conv2d",
     "ElasticAxis",
     "Embedding",
     "LayerNorm",

@@ -31,8 +31,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *_TRITON, "triton/conv2d.py", "triton/conv_gemm.py", "triton/conv_wgrad.py",
         "triton/conv_taps.py", "triton/conv_config.py", "triton/depthwise.py",
         "triton/channel_sum.py", "triton/column_sum.py", "triton/epilogue.py", "triton/gemm.py",
-        "triton/gemm_config.py", "triton/gemm_launch.py", "triton/autotune.py", "triton/linear.py",
-        "triton/decode.py",
+        "triton/gemm_config.py", "triton/gemm_launch.py", "triton/autotune.py",
     ),
     "embedding": (*_TRITON, "triton/embedding.py"),
     "cuda_linear": (

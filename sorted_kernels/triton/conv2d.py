@@ -6,9 +6,9 @@ copied. The fast layout is channels_last with channel counts that are multiples 
 whose input channels are dense (its parent channels_last too); all else is loaded one element at a
 time.
 
-A depthwise convolution has kernels of its own; a pointwise one is a linear product where pixels are
-rows in memory; all others are implicit matrix products. Sizes, strides, padding and dilation are
-runtime arguments. Sums are float32.
+A depthwise convolution has kernels of its own; all others are implicit matrix products (the op
+hands a pointwise one whose pixels are rows in memory to the linear layer's kernels). Sizes,
+strides, padding and dilation are runtime arguments. Sums are float32.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sorted_kernels.reference.conv2d import Geometry, activation_backward, is_channels_last
-from sorted_kernels.triton import linear
 from sorted_kernels.triton.channel_sum import channel_sum_into
+from sorted_kernels.triton.column_sum import column_sum_into
 from sorted_kernels.triton.conv_gemm import conv_gemm
 from sorted_kernels.triton.conv_wgrad import conv_wgrad_into
 from sorted_kernels.triton.depthwise import depthwise, depthwise_wgrad_into
@@ -58,10 +58,6 @@ def conv2d(
     Returns:
         y (N, Co, OH, OW) in x's memory format, and the pre-activation or an empty tensor.
     """
-    rows = _pixel_rows(x) if _is_pointwise(w, geometry) and _answers_rows(x) else None
-    if rows is not None:
-        y, z = linear.linear(rows, w[:, :, 0, 0], bias, w.shape[0], activation, save, config=config)
-        return _as_images(y, x), _as_images(z, x) if z.numel() else z
     size = _output_size(x, w, geometry)
     y = _empty(x, w.shape[0], size)
     kept = torch.empty_like(y) if save and activation in ("gelu", "silu") else None
@@ -81,9 +77,6 @@ def conv2d_dgrad(
     config: GemmConfig | None = None,
 ) -> Tensor:
     """Gradient of x, in dy's memory format: dy (N, Co, OH, OW) -> (N, Ci, *input_size)."""
-    rows = _pixel_rows(dy) if _is_pointwise(w, geometry) and _answers_rows(dy) else None
-    if rows is not None:
-        return _as_images(linear.linear_dgrad(rows, w[:, :, 0, 0], w.shape[1], config=config), dy)
     dx = _empty(dy, w.shape[1] * geometry.groups, input_size)
     if _is_depthwise(w, geometry):
         depthwise(dy, w, None, dx, None, geometry, True)
@@ -102,12 +95,6 @@ def conv2d_wgrad_into(
     config: GemmConfig | None = None,
 ) -> None:
     """``out (+)=`` gradient of w: dy (N, Co, OH, OW), x (N, Ci, H, W), out of w's shape, a view."""
-    if _is_pointwise(out, geometry):
-        dy_rows, x_rows = _pixel_rows(dy), _pixel_rows(x)
-        if dy_rows is not None and x_rows is not None:
-            view = out[:, :, 0, 0]
-            linear.linear_wgrad_into(dy_rows, x_rows, view, accumulate, config=config)
-            return
     if _is_depthwise(out, geometry):
         depthwise_wgrad_into(dy, x, out, geometry, accumulate)
     else:
@@ -118,25 +105,13 @@ def bias_grad_into(dy: Tensor, out: Tensor, accumulate: bool) -> None:
     """``out (+)= dy.sum((0, 2, 3))``: dy (N, Co, OH, OW), out (Co,)."""
     rows = _pixel_rows(dy)
     if rows is not None:
-        linear.bias_grad_into(rows, out, accumulate)
+        column_sum_into(rows, out, accumulate)
     else:
         channel_sum_into(dy, out, accumulate)
 
 
 def _is_depthwise(w: Tensor, geometry: Geometry) -> bool:
     return w.shape[0] == geometry.groups and w.shape[1] == 1
-
-
-def _is_pointwise(w: Tensor, geometry: Geometry) -> bool:
-    """Whether every output pixel is a linear function of one input pixel, w's rows dense."""
-    g = geometry
-    plain = g.stride == (1, 1) and g.padding == (0, 0) and g.groups == 1
-    return plain and w.shape[2:] == (1, 1) and w.stride(1) == 1
-
-
-def _answers_rows(x: Tensor) -> bool:
-    """Whether the result for x has pixels as dense rows too: channels_last, or single pixels."""
-    return is_channels_last(x) or x.shape[2:] == (1, 1)
 
 
 def _pixel_rows(x: Tensor) -> Tensor | None:
@@ -149,12 +124,6 @@ def _pixel_rows(x: Tensor) -> Tensor | None:
     if not joined or channel_stride != 1 or (stride < channels and x.shape[0] * height * width > 1):
         return None
     return x.as_strided((x.shape[0] * height * width, channels), (stride, 1))
-
-
-def _as_images(rows: Tensor, like: Tensor) -> Tensor:
-    """Pixels (N * H * W, C) of images of ``like``'s size as (N, C, H, W), channels_last."""
-    count, _, height, width = like.shape
-    return rows.view(count, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _output_size(x: Tensor, w: Tensor, geometry: Geometry) -> tuple[int, int]:
