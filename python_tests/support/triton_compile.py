@@ -131,6 +131,62 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
     return cases
 
 
+def _conv_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]]:
+    """Convolution in channels_last with aligned and odd channels; depthwise; sums."""
+    import torch
+
+    from sorted_kernels.reference.conv2d import Geometry
+    from sorted_kernels.triton import conv2d, conv_config, conv_wgrad, gemm_config, launch
+
+    limits = launch.DeviceLimits(1, SHARED_MEMORY[capability], large_tiles=capability == 90)
+    cases: list[tuple[str, Callable[[], object]]] = []
+
+    def add(label, function, *args, **options):
+        cases.append((label, lambda: function(*args, **options)))
+
+    def operands(channels, layout, weight_layout):
+        x = torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=layout)
+        w = torch.zeros(channels, channels, 3, 3, dtype=dtype).to(memory_format=weight_layout)
+        return x, torch.zeros_like(x[..., ::2, ::2]), w
+
+    def product(label, operands, aligned, functions):
+        x, dy, w = operands
+        bias, g = torch.zeros(w.shape[0], dtype=dtype), Geometry((2, 2), (1, 1), (1, 1), 1)
+        configs = conv_config.all_conv_configs(dtype, aligned)
+        for config in configs if dtype != torch.float16 else configs[-1:]:
+            if not gemm_config.config_supports(config, dtype, limits, aligned):
+                continue
+            tile = f"conv {label} {config.block_m}x{config.block_n}x{config.block_k}"
+            options = {"config": config}
+            if "forward" in functions:
+                add(f"{tile} forward", conv2d.conv2d, x, w, bias, g, "gelu", True, **options)
+            if "wgrad" in functions:
+                add(f"{tile} wgrad", conv2d.conv2d_wgrad_into, dy, x, w, g, True, **options)
+            if "dgrad" in functions:
+                add(f"{tile} dgrad", conv2d.conv2d_dgrad, dy, w, (8, 8), g, **options)
+
+    def depthwise(label, operands):
+        x, dy, w = operands
+        w, bias = w[:, :1], torch.zeros(w.shape[0], dtype=dtype)
+        g = Geometry((2, 2), (1, 1), (1, 1), w.shape[0])
+        add(f"depthwise {label} forward", conv2d.conv2d, x, w, bias, g, "gelu", True)
+        add(f"depthwise {label} dgrad", conv2d.conv2d_dgrad, dy, w, (8, 8), g)
+        add(f"depthwise {label} wgrad", conv2d.conv2d_wgrad_into, dy, x, w, g, True)
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    dense = operands(64, last, last)
+    product("aligned", dense, True, ("forward", "dgrad", "wgrad"))
+    depthwise("aligned", dense)
+    bias = torch.zeros(64, dtype=dtype)
+    add("channel sum", conv2d.bias_grad_into, dense[1].contiguous(), bias, True)
+    add("part sum", conv_wgrad.part_sum_into, torch.zeros(2, *dense[2].shape), dense[2], True)
+    if dtype != torch.float16:
+        product("strided weight", operands(64, last, plain), True, ("forward",))
+        product("odd", operands(63, last, plain), False, ("forward", "dgrad", "wgrad"))
+        depthwise("odd", operands(63, plain, plain))
+    return cases
+
+
 def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     """Norms at the widths where the tiling changes, column sums, embedding."""
     import torch
@@ -260,7 +316,8 @@ def _kernels(capability: int, dtypes: list[str]) -> list[dict]:
     _compile_instead_of_launching(capability, seen)
     for dtype_name in dtypes:
         dtype = getattr(torch, dtype_name)
-        for label, call in _gemm_cases(dtype, capability) + _row_cases(dtype):  # noqa: B007
+        gemm, conv = _gemm_cases(dtype, capability), _conv_cases(dtype, capability)
+        for label, call in gemm + conv + _row_cases(dtype):  # noqa: B007
             call()
     return [asdict(row) for row in rows.values()]
 
