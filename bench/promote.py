@@ -23,6 +23,7 @@ TESTS = {
     "rms_norm": "test_triton_norm",
     "batch_norm": "test_triton_channel_norm",
     "group_norm": "test_triton_channel_norm",
+    "conv2d": "test_triton_conv2d",
     "embedding": "test_triton_embedding",
     "staircase_optimizer": "test_optimizer_device",
 }

@@ -187,10 +187,11 @@ def is_product(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """``matrix @ x[n] + bias`` for each image: x (N, C, H, W), matrix (M, C) -> (N, M, H, W)."""
-    pixels = x.flatten(2)
-    stacked = matrix.expand(x.shape[0], *matrix.shape)
+    n, channels, height, width = x.shape
+    pixels = x.view(n, channels, height * width)
+    stacked = matrix.expand(n, *matrix.shape)
     if bias is None:
         product = torch.bmm(stacked, pixels)
     else:
         product = torch.baddbmm(bias[:, None], stacked, pixels)
-    return product.unflatten(2, x.shape[2:])
+    return product.view(n, matrix.shape[0], height, width)
