@@ -205,8 +205,8 @@ def _swap(
         return
     if type(module).__name__ in forms:
         module.__dict__.update(forms[type(module).__name__].attributes(path, module))
+    module.__class__ = target  # before its axes: a form may keep its sizes in its own way
     axes = _axes(module, specs)
-    module.__class__ = target
     elastic: Any = module
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         elastic.make_elastic(**axes)
@@ -256,14 +256,12 @@ def _check_complete(model: torch.nn.Module, table: Architecture) -> None:
 
 def _check_shared(model: torch.nn.Module) -> None:
     """A parameter that two modules share is cut the same way by both."""
-    seen: dict[int, tuple[str, tuple[AxisSpec, ...]]] = {}
+    seen: dict[int, tuple[str, tuple[Any, ...]]] = {}
     for path, module in model.named_modules():
-        axes = getattr(module, "axes", None)
-        if not isinstance(axes, dict):
-            continue
         weight = module._parameters.get("weight")
-        if weight is None or weight.dim() not in (2, 4):
+        if not isinstance(module, ElasticModule) or weight is None or weight.dim() not in (2, 4):
             continue
+        axes = module.axes
         rows, taps = axes.get("out"), axes.get("kernel_size")
         cols = axes.get("in") or axes["features"]
         cut = tuple(
