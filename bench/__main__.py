@@ -13,6 +13,7 @@ import torch
 
 from bench import (
     bench_anytime,
+    bench_conv,
     bench_host,
     bench_kernels,
     bench_linear_step,
@@ -28,6 +29,7 @@ from bench.rows import append_rows
 FAMILIES = {
     "linear_step": bench_linear_step.cases,
     "model_step": bench_model_step.cases,
+    "conv": bench_conv.cases,
     "anytime": bench_anytime.cases,
     "ragged": bench_ragged.cases,
     "kernels": bench_kernels.cases,

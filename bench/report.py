@@ -28,8 +28,8 @@ from sorted_kernels.ops import promotion
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 STEPS, ALONE = (
-    ("linear_step", "model_step"),
-    ("linear", "layer_norm", "rms_norm", "embedding", "adamw"),
+    ("linear_step", "model_step", "conv_step"),
+    ("linear", "conv2d", "depthwise", "layer_norm", "rms_norm", "embedding", "adamw"),
 )
 INTRODUCTION = """\
 Medians of contestants that take turns in one process. B0 is naive PyTorch
