@@ -13,6 +13,7 @@ import torch
 
 from bench import (
     bench_anytime,
+    bench_conv,
     bench_host,
     bench_kernels,
     bench_linear_step,
@@ -30,6 +31,7 @@ FAMILIES = {
     "linear_step": bench_linear_step.cases,
     "model_step": bench_model_step.cases,
     "transformer_step": bench_llama_block.cases,
+    "conv": bench_conv.cases,
     "anytime": bench_anytime.cases,
     "ragged": bench_ragged.cases,
     "kernels": bench_kernels.cases,

@@ -38,6 +38,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "rms_norm": lambda: sk.nn.RMSNorm(FEATURES, eps=1e-6, dim="features"),
     "batch_norm": lambda: sk.nn.BatchNorm1d(FEATURES, dim="features"),
     "group_norm": lambda: sk.nn.GroupNorm(FEATURES, FEATURES, dim="features"),
+    "conv2d": lambda: sk.nn.Conv2d(
+        FEATURES, FEATURES + 6, 3, 2, 1, in_dim="features", out_dim="out", activation="silu"
+    ),
+    "conv2d, 1x1": lambda: sk.nn.Conv2d(FEATURES, FEATURES, 1, in_dim="features"),
+    "conv2d, depthwise": lambda: sk.nn.Conv2d(
+        FEATURES, FEATURES, 3, padding=1, groups=FEATURES, in_dim="features"
+    ),
     "embedding": lambda: sk.nn.Embedding(TABLE, FEATURES, dim="features"),
 }
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -50,6 +57,8 @@ def _input(name: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if name == "embedding":
         return torch.randint(TABLE, (ROWS,), generator=generator)
+    if name.startswith("conv2d"):
+        return torch.randn(3, ACTIVE, 9, 7, generator=generator).to(dtype)
     space = (6,) if name == "group_norm" else ()  # one channel a group: more than one value each
     return torch.randn(ROWS, ACTIVE, *space, generator=generator).to(dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bench.rows import format_sizes
@@ -26,6 +27,63 @@ class LinearShape:
     def gemm_flops(self) -> int:
         """Operations of one product, a multiply-add counted as 2; a step has three."""
         return 2 * self.N * self.m * self.k
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """The first c of C channels, in and out: x (N, c, pixels, pixels), a kernel of taps x taps.
+
+    ``groups`` is 1, or C for a depthwise convolution; ``nhwc`` is 1 in channels-last memory.
+    """
+
+    N: int
+    C: int
+    c: int
+    pixels: int
+    taps: int
+    groups: int
+    nhwc: int
+
+    def __str__(self) -> str:
+        return format_sizes(
+            N=self.N, C=self.C, c=self.c, pixels=self.pixels, taps=self.taps, groups=self.groups,
+            nhwc=self.nhwc,
+        )  # fmt: skip
+
+    @property
+    def padding(self) -> int:
+        """What keeps the size."""
+        return self.taps // 2
+
+    @property
+    def active_groups(self) -> int:
+        """Of the active channels."""
+        return 1 if self.groups == 1 else self.c
+
+    @property
+    def block(self) -> list[int]:
+        """The active weight's shape."""
+        return [self.c, self.c if self.groups == 1 else 1, self.taps, self.taps]
+
+    @property
+    def geometry(self) -> list[int]:
+        """As the ops take it."""
+        return [1, 1, self.padding, self.padding, 1, 1, self.active_groups]
+
+    @property
+    def weights(self) -> int:
+        """Elements of the active weight."""
+        return math.prod(self.block)
+
+    @property
+    def images(self) -> int:
+        """Elements of x, and of y."""
+        return self.N * self.c * self.pixels**2
+
+    @property
+    def flops(self) -> int:
+        """Operations of one of a step's three convolutions, a multiply-add counted as 2."""
+        return 2 * self.N * self.pixels**2 * self.weights
 
 
 @dataclass(frozen=True)
@@ -158,7 +216,30 @@ RAGGED = [RaggedShape(256, 2048, 2048, 16)]
 RAGGED_QUICK = RaggedShape(32, 64, 64, 4)
 ANYTIME = [ModelShape(batch, 12, 8) for batch in (1, 64, 360, 1024)]
 
+CONV_STEP_CPU = [
+    *(ConvShape(32, 64, c, 32, 3, 1, 0) for c in (8, 16, 32)),
+    ConvShape(32, 64, 16, 32, 3, 1, 1),
+    ConvShape(32, 64, 16, 32, 1, 1, 0),
+    ConvShape(32, 64, 16, 32, 3, 64, 1),
+]
+CONV_STEP_GPU = [
+    *(ConvShape(64, 256, c, 28, 3, 1, 1) for c in (32, 128, 256)),
+    ConvShape(64, 512, 128, 28, 1, 1, 1),
+    ConvShape(64, 512, 128, 28, 3, 512, 1),
+]
+CONV_QUICK = ConvShape(2, 8, 4, 8, 3, 1, 0)
+
 # Kernels alone.
+CONV_CPU = [
+    ConvShape(32, 64, 16, 32, 3, 1, 1),
+    ConvShape(32, 64, 16, 32, 1, 1, 0),
+    ConvShape(32, 64, 16, 32, 3, 64, 1),
+]
+CONV_GPU = [
+    *(ConvShape(64, 256, c, 28, 3, 1, 1) for c in (32, 127, 256)),
+    *(ConvShape(64, 512, c, 28, 1, 1, 1) for c in (127, 512)),
+    *(ConvShape(64, 512, c, 56, taps, 512, 1) for c in (127, 512) for taps in (3, 5)),
+]
 LINEAR_CPU = [LinearShape(64, 1024, 1024, m, m) for m in (128, 511, 1024)]
 LINEAR_GPU = [
     *(LinearShape(4096, M, M, M, M) for M in (1024, 2048, 4096, 8192)),
