@@ -12,6 +12,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import sorted_kernels as sk  # noqa: E402
+from sorted_kernels.ops import backend  # noqa: E402
 from sorted_kernels.reference import conv2d as reference  # noqa: E402
 from sorted_kernels.reference.conv2d import Geometry  # noqa: E402
 from sorted_kernels.reference.linear import ACTIVATIONS, activate  # noqa: E402
@@ -354,6 +356,50 @@ def test_no_images(layout):
         assert bias.eq(1).all()
         conv2d.bias_grad_into(y, bias, False)
         assert not bias.any()
+
+
+@pytest.fixture
+def triton_chosen(monkeypatch):
+    monkeypatch.setenv("SORTED_KERNELS_BACKEND", "triton")
+    backend.reset()
+    yield
+    monkeypatch.undo()
+    backend.reset()
+
+
+@pytest.mark.parametrize("grad_mode", ["inplace", "dense"])
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+def test_a_layer_is_served_by_these_kernels(triton_chosen, monkeypatch, groups, grad_mode):
+    """Forward, backward and the gradients' place, with this back end chosen."""
+    launched = []
+    for name in ("conv2d", "conv2d_dgrad", "conv2d_wgrad_into", "bias_grad_into"):
+        function = getattr(conv2d, name)
+        monkeypatch.setattr(
+            conv2d, name, lambda *args, f=function: (launched.append(f.__name__), f(*args))[1]
+        )
+    layer = sk.nn.Conv2d(
+        6, 6, 5, 2, 2, groups=groups, in_dim="width", out_dim="width", kernel_size_dim="taps",
+        activation="silu", grad_mode=grad_mode, device=DEVICE,
+    )  # fmt: skip
+    sk.activate(layer, sk.Submodel(width=4, taps=3))
+    x = randn(2, 4, 6, 5, dtype=torch.float32, seed=1).requires_grad_()
+    y = layer(x)
+    dy = randn(*y.shape, dtype=torch.float32, seed=2)
+    y.backward(dy)
+    assert {"conv2d", "conv2d_dgrad", "conv2d_wgrad_into"} <= set(launched)
+
+    channels = 4 if groups == 1 else 1
+    block = layer.weight.detach()[:4, :channels, 1:-1, 1:-1].double().requires_grad_()
+    bias = layer.bias.detach()[:4].double().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    right = F.silu(F.conv2d(wide, block, bias, 2, 1, groups=1 if groups == 1 else 4))
+    right.backward(dy.double())
+    grad = torch.zeros_like(layer.weight)
+    grad[:4, :channels, 1:-1, 1:-1] = block.grad
+    for actual, exact in (
+        (y, right), (x.grad, wide.grad), (layer.weight.grad, grad), (layer.bias.grad[:4], bias.grad)
+    ):  # fmt: skip
+        torch.testing.assert_close(actual, exact.float(), rtol=1e-5, atol=1e-5)
 
 
 SMALL = DeviceLimits(multiprocessors=84, shared_memory=99 * 1024)
