@@ -14,14 +14,6 @@ from sorted_kernels.cli import main
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_table_9(one_thread):
     table = runpy.run_path(str(EXAMPLES / "table9.py"))["measure"]()
 

@@ -14,6 +14,7 @@ from support import mobilenet
 from support.poison import assert_same_bits, prefix
 
 transformers = mobilenet.transformers
+pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -79,8 +80,8 @@ def test_full_size_is_the_untouched_model(changes):
     torch.testing.assert_close(model(X).logits, before, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 6, 13, 16])
-@pytest.mark.parametrize("width", [1, 4, 7, 10])
+@pytest.mark.parametrize("depth", [1, 6, 16])
+@pytest.mark.parametrize("width", [1, 5, 10])
 def test_a_submodel_is_its_export(elastic, depth, width):
     chosen = sk.Submodel(depth=depth, width=width)
     small = sk.export(elastic, chosen)

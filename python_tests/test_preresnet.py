@@ -9,6 +9,7 @@ import sorted_kernels as sk
 from sorted_kernels.models import CPRERESNET_RULES, CPreResNet20, elastic_cpreresnet20
 from support.poison import assert_same_bits, prefix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKS = ["basic", "bottleneck"]
 NORMS = ["batch", "instance"]
 both = [pytest.mark.parametrize("block", BLOCKS), pytest.mark.parametrize("norm", NORMS)]
@@ -68,7 +69,7 @@ def test_full_size_is_torch(block, norm, shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("width", [1, 3, 4, 8, 12, 15])
+@pytest.mark.parametrize("width", [1, 7, 12])
 @each_kind
 def test_a_width_is_its_export(block, norm, width):
     model = sk.elasticize(randomised(block, norm, 1).double(), CPRERESNET_RULES)
