@@ -160,3 +160,16 @@ def test_errors_change_nothing(data, options, error, message):
         sk.models.sort_by_importance(model, data, **options)
     assert all(torch.equal(param, before[path]) for path, param in model.named_parameters())
     assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_groups_and_the_heads_in_them_fall_in_importance():
+    from sorted_kernels.models import importance
+
+    model = elastic("llama")
+    uses = importance._uses_by_block(model, "heads")
+    data, loss = batches("llama"), importance._loss_of_outputs
+    sk.models.sort_by_importance(model, data)
+    for score in importance._scores(model, data, loss, uses):
+        by_group = score.view(2, 3)
+        assert by_group.sum(1).diff() < 0
+        assert (by_group.diff(dim=1) <= 1e-6).all()
