@@ -13,9 +13,11 @@ import torch
 
 from bench import (
     bench_anytime,
+    bench_conv,
     bench_host,
     bench_kernels,
     bench_linear_step,
+    bench_llama_block,
     bench_model_step,
     bench_ragged,
     limits,
@@ -28,6 +30,8 @@ from bench.rows import append_rows
 FAMILIES = {
     "linear_step": bench_linear_step.cases,
     "model_step": bench_model_step.cases,
+    "transformer_step": bench_llama_block.cases,
+    "conv": bench_conv.cases,
     "anytime": bench_anytime.cases,
     "ragged": bench_ragged.cases,
     "kernels": bench_kernels.cases,

@@ -7,6 +7,7 @@ import torch
 from bench import shapes
 from bench.harness import Case
 from bench.kernels.adamw import adamw_step
+from bench.kernels.batch_norm import batch_norm_backward, batch_norm_forward
 from bench.kernels.common import replace_cache
 from bench.kernels.embedding import embedding_backward, embedding_forward
 from bench.kernels.linear import linear_dgrad, linear_forward, linear_wgrad
@@ -25,6 +26,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     pick = slice(0, 1) if quick else slice(None)
     linear = (shapes.LINEAR_GPU if gpu else shapes.LINEAR_CPU)[pick]
     norms = (shapes.NORM_GPU if gpu else shapes.NORM_CPU)[pick]
+    channel_norms = (shapes.CHANNEL_NORM_GPU if gpu else shapes.CHANNEL_NORM_CPU)[pick]
     embeddings = (shapes.EMBEDDING_GPU if gpu else shapes.EMBEDDING_CPU)[pick]
     adamw = (shapes.ADAMW_GPU if gpu else shapes.ADAMW_CPU)[pick]
     compute_bound = [
@@ -37,6 +39,11 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         for shape in norms
         for kernel in ("layer_norm", "rms_norm")
         for build in (norm_forward, norm_backward)
+    ]
+    memory_bound += [
+        build(shape, dtype, device)
+        for shape in channel_norms
+        for build in (batch_norm_forward, batch_norm_backward)
     ]
     memory_bound += [
         build(shape, dtype, device)

@@ -24,6 +24,7 @@ import sorted_kernels as sk
 from bench.harness import relative_difference
 from sorted_kernels.cuda import linear as cuda_linear
 from sorted_kernels.ops import backend, optimizer
+from sorted_kernels.reference import conv2d as conv_reference
 
 ROWS, FEATURES, ACTIVE, TABLE = 37, 75, 53, 29
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # float32: tf32 products are allowed
@@ -35,6 +36,15 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "layer_norm": lambda: sk.nn.LayerNorm(FEATURES, dim="features"),
     "rms_norm": lambda: sk.nn.RMSNorm(FEATURES, eps=1e-6, dim="features"),
+    "batch_norm": lambda: sk.nn.BatchNorm1d(FEATURES, dim="features"),
+    "group_norm": lambda: sk.nn.GroupNorm(FEATURES, FEATURES, dim="features"),
+    "conv2d": lambda: sk.nn.Conv2d(
+        FEATURES, FEATURES + 6, 3, 2, 1, in_dim="features", out_dim="out", activation="silu"
+    ),
+    "conv2d, 1x1": lambda: sk.nn.Conv2d(FEATURES, FEATURES, 1, in_dim="features"),
+    "conv2d, depthwise": lambda: sk.nn.Conv2d(
+        FEATURES, FEATURES, 3, padding=1, groups=FEATURES, in_dim="features"
+    ),
     "embedding": lambda: sk.nn.Embedding(TABLE, FEATURES, dim="features"),
 }
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -47,7 +57,10 @@ def _input(name: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if name == "embedding":
         return torch.randint(TABLE, (ROWS,), generator=generator)
-    return torch.randn(ROWS, ACTIVE, generator=generator).to(dtype)
+    if name.startswith("conv2d"):
+        return torch.randn(3, ACTIVE, 9, 7, generator=generator).to(dtype)
+    space = (6,) if name == "group_norm" else ()  # one channel a group: more than one value each
+    return torch.randn(ROWS, ACTIVE, *space, generator=generator).to(dtype)
 
 
 def train(layer: nn.Module, x: Tensor, optimizer: str) -> list[Tensor]:
@@ -123,6 +136,50 @@ def exercise_gemm(mode: str, runs: tuple[tuple[int, int, int], ...], device: tor
     return relative_difference(ours.cpu(), right)
 
 
+CONVOLUTIONS: dict[str, tuple[int, int, int, conv_reference.Geometry]] = {
+    "odd": (21, 37, 3, conv_reference.Geometry((2, 2), (1, 1), (1, 1), 1)),
+    "aligned": (48, 32, 3, conv_reference.Geometry((1, 2), (2, 1), (2, 1), 1)),
+    "grouped": (32, 64, 3, conv_reference.Geometry((1, 1), (1, 1), (1, 1), 2)),
+    "depthwise": (37, 37, 5, conv_reference.Geometry((2, 1), (2, 2), (1, 1), 37)),
+    "depthwise, aligned": (80, 80, 3, conv_reference.Geometry((1, 1), (1, 1), (1, 1), 80)),
+}
+"""Input and output channels, taps and geometry."""
+
+
+def exercise_conv(name: str, last: bool, dtype: torch.dtype, device: torch.device) -> float:
+    """Largest difference of Triton's convolution and gradients from those in float64.
+
+    The weight is a part of a larger one. There are pixels enough for gradients in parts.
+    """
+    from sorted_kernels.triton import conv2d as conv
+
+    channels, out_channels, taps, geometry = CONVOLUTIONS[name]
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> Tensor:
+        layout = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+        return torch.randn(shape, generator=generator).to(dtype).to(memory_format=layout)
+
+    def block(parent: Tensor) -> Tensor:
+        return parent[:out_channels, : channels // geometry.groups, 1:-1, 1:-1]
+
+    x, bias, size = random(3, channels, 39, 45), random(out_channels), (39, 45)
+    stored = random(out_channels + 2, channels // geometry.groups + 3, taps + 2, taps + 2) / taps
+    w, wide = block(stored.to(device)), (x.double(), block(stored).double(), bias.double())
+    right, _ = conv_reference.conv2d(*wide, geometry, "silu", False)
+    dy = random(*right.shape)
+    grads = torch.zeros_like(stored, device=device), torch.zeros_like(bias, device=device)
+    there = x.to(device), dy.to(device)
+    y, _ = conv.conv2d(there[0], w, bias.to(device), geometry, "silu", True)
+    dx = conv.conv2d_dgrad(there[1], w, size, geometry)
+    conv.conv2d_wgrad_into(there[1], there[0], block(grads[0]), geometry, True)
+    conv.bias_grad_into(there[1], grads[1], True)
+    exact = conv_reference.conv2d_backward(dy.double(), *wide[:2], geometry, True, True, True)
+    ours = (y, dx, block(grads[0]), grads[1])
+    pairs = zip(ours, (right, *exact), strict=True)
+    return max(relative_difference(result.cpu(), wanted) for result, wanted in pairs)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exercise everything; 0 if all results are right."""
     parser = argparse.ArgumentParser(prog="python -m bench.exercise_kernels", description=__doc__)
@@ -148,6 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
             note(
                 f"compiled gemm, {mode}, {label}", partial(exercise_gemm, mode, runs, device), 3e-2
             )
+    convolutions = itertools.product(TOLERANCES, CONVOLUTIONS, (False, True))
+    for dtype, name, last in convolutions if device.type == "cuda" and backend.has_triton() else ():
+        layout = "channels_last" if last else "contiguous"
+        label = f"convolution, {name}, {layout}, {str(dtype).removeprefix('torch.')}"
+        note(label, partial(exercise_conv, name, last, dtype, device), TOLERANCES[dtype])
     return 0 if all(verdict.startswith("right") for verdict in verdicts) else 1
 
 

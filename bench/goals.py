@@ -64,6 +64,7 @@ EXPECTED = {
         "depthwise": "depthwise convolution",
         "layer_norm": "layer norm",
         "rms_norm": "RMS norm",
+        "batch_norm": "batch norm",
         "linear_cross_entropy": "linear and cross-entropy in one, 8 exits",
         "lora": "LoRA",
         "adamw": "staircase AdamW",
@@ -90,7 +91,7 @@ def goals_for(
     kernel: str, mode: str, sizes: Mapping[str, int], dtype: str, gpu: bool
 ) -> tuple[Goal, ...]:
     """The goals of one problem; none for a family that has none."""
-    if kernel in ("linear_step", "model_step"):
+    if kernel in ("linear_step", "model_step", "transformer_step", "conv_step"):
         return _step_goals(kernel, sizes, dtype, gpu)
     if kernel == "anytime":  # B2 is the deepest sub-model alone
         return (Goal("B2", 1.1),)
@@ -100,8 +101,10 @@ def goals_for(
         return _linear_goals(sizes)
     if kernel == "host" and mode == "forward+backward":
         return (Goal("B0", 0.4),)
-    if kernel in ("layer_norm", "rms_norm"):
+    if kernel in ("layer_norm", "rms_norm", "batch_norm"):
         return Goal("B2", 1 / 1.3), Goal(LIMIT, 1 / 0.9)
+    if kernel == "depthwise":
+        return Goal("B2", 1 / 1.3), Goal(LIMIT, 1 / 0.85)
     if kernel == "adamw":
         return _adamw_goals(sizes)
     if kernel.startswith("ragged"):  # B1 is a loop of the library over the sub-models
@@ -111,6 +114,8 @@ def goals_for(
 
 def _step_goals(kernel: str, sizes: Mapping[str, int], dtype: str, gpu: bool) -> tuple[Goal, ...]:
     goals = [Goal("B2", 1.10)]
+    if kernel == "conv_step":
+        goals.append(Goal("B0", 1.0))
     if kernel == "linear_step":
         part = sizes["M"] / sizes["m"]
         if sizes["N"] == 32 and part == 8:

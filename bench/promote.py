@@ -21,6 +21,9 @@ TESTS = {
     "cuda_linear": "test_cuda_linear",
     "layer_norm": "test_triton_norm",
     "rms_norm": "test_triton_norm",
+    "batch_norm": "test_triton_channel_norm",
+    "group_norm": "test_triton_channel_norm",
+    "conv2d": "test_triton_conv2d",
     "embedding": "test_triton_embedding",
     "staircase_optimizer": "test_optimizer_device",
 }

@@ -28,8 +28,17 @@ from sorted_kernels.ops import promotion
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 STEPS, ALONE = (
-    ("linear_step", "model_step"),
-    ("linear", "layer_norm", "rms_norm", "embedding", "adamw"),
+    ("linear_step", "model_step", "transformer_step", "conv_step"),
+    (
+        "linear",
+        "conv2d",
+        "depthwise",
+        "layer_norm",
+        "rms_norm",
+        "batch_norm",
+        "embedding",
+        "adamw",
+    ),  # fmt: skip
 )
 INTRODUCTION = """\
 Medians of contestants that take turns in one process. B0 is naive PyTorch

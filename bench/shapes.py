@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bench.rows import format_sizes
@@ -29,6 +30,63 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class ConvShape:
+    """The first c of C channels, in and out: x (N, c, pixels, pixels), a kernel of taps x taps.
+
+    ``groups`` is 1, or C for a depthwise convolution; ``nhwc`` is 1 in channels-last memory.
+    """
+
+    N: int
+    C: int
+    c: int
+    pixels: int
+    taps: int
+    groups: int
+    nhwc: int
+
+    def __str__(self) -> str:
+        return format_sizes(
+            N=self.N, C=self.C, c=self.c, pixels=self.pixels, taps=self.taps, groups=self.groups,
+            nhwc=self.nhwc,
+        )  # fmt: skip
+
+    @property
+    def padding(self) -> int:
+        """What keeps the size."""
+        return self.taps // 2
+
+    @property
+    def active_groups(self) -> int:
+        """Of the active channels."""
+        return 1 if self.groups == 1 else self.c
+
+    @property
+    def block(self) -> list[int]:
+        """The active weight's shape."""
+        return [self.c, self.c if self.groups == 1 else 1, self.taps, self.taps]
+
+    @property
+    def geometry(self) -> list[int]:
+        """As the ops take it."""
+        return [1, 1, self.padding, self.padding, 1, 1, self.active_groups]
+
+    @property
+    def weights(self) -> int:
+        """Elements of the active weight."""
+        return math.prod(self.block)
+
+    @property
+    def images(self) -> int:
+        """Elements of x, and of y."""
+        return self.N * self.c * self.pixels**2
+
+    @property
+    def flops(self) -> int:
+        """Operations of one of a step's three convolutions, a multiply-add counted as 2."""
+        return 2 * self.N * self.pixels**2 * self.weights
+
+
+@dataclass(frozen=True)
 class NormShape:
     """A norm over the first k of K features: x (N, k)."""
 
@@ -38,6 +96,24 @@ class NormShape:
 
     def __str__(self) -> str:
         return format_sizes(N=self.N, K=self.K, k=self.k)
+
+
+@dataclass(frozen=True)
+class ChannelNormShape:
+    """A norm over the first c of C channels: x (N, c, H, H)."""
+
+    N: int
+    C: int
+    c: int
+    H: int
+
+    def __str__(self) -> str:
+        return format_sizes(N=self.N, C=self.C, c=self.c, H=self.H)
+
+    @property
+    def elements(self) -> int:
+        """Of x."""
+        return self.N * self.c * self.H * self.H
 
 
 @dataclass(frozen=True)
@@ -80,6 +156,24 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class BlockShape:
+    """A part of a LLaMA block; GROUP query heads share a key-value head."""
+
+    batch: int
+    length: int
+    HIDDEN: int
+    HEADS: int
+    GROUP: int
+    FFN: int
+    hidden: int
+    heads: int
+    ffn: int
+
+    def __str__(self) -> str:
+        return format_sizes(**vars(self))
+
+
+@dataclass(frozen=True)
 class RaggedShape:
     """A batch of N rows of ``submodels`` sub-models in equal parts; sizes rise in equal steps.
 
@@ -113,11 +207,39 @@ LINEAR_STEP_GPU = [
 ] + [LinearShape(4096, 4096, 4096, 1001, 999)]
 
 MODEL_STEP = [ModelShape(64, depth, width) for depth, width in ((12, 8), (6, 4), (12, 2), (3, 8))]
+BLOCK = [
+    BlockShape(4, 64, 768, 12, 3, 2048, 768 * part // 4, 12 * part // 4, 2048 * part // 4)
+    for part in (1, 2, 4)
+]
+BLOCK_QUICK = BlockShape(2, 8, 48, 4, 2, 64, 24, 2, 32)
 RAGGED = [RaggedShape(256, 2048, 2048, 16)]
 RAGGED_QUICK = RaggedShape(32, 64, 64, 4)
 ANYTIME = [ModelShape(batch, 12, 8) for batch in (1, 64, 360, 1024)]
 
+CONV_STEP_CPU = [
+    *(ConvShape(32, 64, c, 32, 3, 1, 0) for c in (8, 16, 32)),
+    ConvShape(32, 64, 16, 32, 3, 1, 1),
+    ConvShape(32, 64, 16, 32, 1, 1, 0),
+    ConvShape(32, 64, 16, 32, 3, 64, 1),
+]
+CONV_STEP_GPU = [
+    *(ConvShape(64, 256, c, 28, 3, 1, 1) for c in (32, 128, 256)),
+    ConvShape(64, 512, 128, 28, 1, 1, 1),
+    ConvShape(64, 512, 128, 28, 3, 512, 1),
+]
+CONV_QUICK = ConvShape(2, 8, 4, 8, 3, 1, 0)
+
 # Kernels alone.
+CONV_CPU = [
+    ConvShape(32, 64, 16, 32, 3, 1, 1),
+    ConvShape(32, 64, 16, 32, 1, 1, 0),
+    ConvShape(32, 64, 16, 32, 3, 64, 1),
+]
+CONV_GPU = [
+    *(ConvShape(64, 256, c, 28, 3, 1, 1) for c in (32, 127, 256)),
+    *(ConvShape(64, 512, c, 28, 1, 1, 1) for c in (127, 512)),
+    *(ConvShape(64, 512, c, 56, taps, 512, 1) for c in (127, 512) for taps in (3, 5)),
+]
 LINEAR_CPU = [LinearShape(64, 1024, 1024, m, m) for m in (128, 511, 1024)]
 LINEAR_GPU = [
     *(LinearShape(4096, M, M, M, M) for M in (1024, 2048, 4096, 8192)),
@@ -137,6 +259,8 @@ NORM_GPU = [
         (4096, 8192, 4097),
     )
 ]
+CHANNEL_NORM_CPU = [ChannelNormShape(16, 64, c, 16) for c in (15, 64)]
+CHANNEL_NORM_GPU = [ChannelNormShape(128, 256, c, 32) for c in (64, 127, 256)]
 EMBEDDING_CPU = [EmbeddingShape(1024, 8192, 512, k) for k in (63, 512)]
 EMBEDDING_GPU = [EmbeddingShape(16384, 32768, 4096, k) for k in (512, 2047, 4096)]
 ADAMW_CPU = [AdamWShape(4, 1024, 1024, m, m) for m in (128, 513, 1024)]

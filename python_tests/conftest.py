@@ -23,6 +23,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """One CPU thread: small layers gain nothing from a second, and threads that wait spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,6 +28,25 @@ def embedding(indices=IDX, weight=W, **options):
     return lambda: sk.embedding(indices, weight, **options)
 
 
+def conv(**options):
+    arguments = {"x": torch.randn(2, 3, 6, 5), "weight": torch.randn(6, 4, 3, 3), **options}
+    return lambda: sk.conv2d(arguments.pop("x"), arguments.pop("weight"), **arguments)
+
+
+def grouped(channels, **options):
+    return conv(x=torch.randn(1, channels, 5, 5), weight=torch.randn(6, 2, 3, 3), **options)
+
+
+def conv_layer(x=None, active=None, **options):
+    def call():
+        layer = sk.nn.Conv2d(4, 6, 3, **options)
+        if active is not None:
+            sk.activate(layer, active)
+        layer(torch.randn(1, 4, 5, 5) if x is None else x)
+
+    return call
+
+
 def space(**options):
     return lambda: sk.SubmodelSpace(**options)
 
@@ -124,6 +143,86 @@ CASES = {
     "layer_norm-bias-dtype": (
         norm("layer_norm", bias=torch.ones(4).half()), sk.DTypeError, "bias has dtype",
     ),
+    # convolution
+    "conv-out_channels=0": (conv(out_channels=0), sk.ShapeError, r"=0 is not in 1\.\.6"),
+    "conv-out_channels=7": (conv(out_channels=7), sk.ShapeError, r"=7 is not in 1\.\.6"),
+    "conv-out_channels=.5": (conv(out_channels=0.5), sk.ShapeError, "not a ratio"),
+    "conv-channels": (
+        conv(x=torch.randn(1, 5, 4, 4)), sk.ShapeError, r"x has 5 channels; weight takes 1\.\.4",
+    ),
+    "conv-x-2d": (conv(x=torch.randn(3, 4)), sk.ShapeError, r"\(3, 4\); \(N, C, H, W\) or"),
+    "conv-x-5d": (conv(x=torch.randn(1, 1, 3, 4, 4)), sk.ShapeError, r"\(N, C, H, W\) or"),
+    "conv-x-integer": (conv(x=torch.ones(1, 3, 4, 4).int()), sk.DTypeError, "torch.int32; allowed"),
+    "conv-x-no-pixels": (conv(x=torch.randn(1, 3, 0, 4), padding=1), sk.ShapeError, "height 0"),
+    "conv-x-no-channels": (conv(x=torch.randn(1, 0, 4, 4)), sk.ShapeError, "x has 0 channels"),
+    "conv-x-small": (
+        conv(x=torch.randn(1, 3, 4, 2)), sk.ShapeError, "width 2.* the kernel reaches over 3",
+    ),
+    "conv-weight-2d": (conv(weight=W), sk.ShapeError, "weight has 2 axes.*4 wanted"),
+    "conv-weight-stride": (
+        conv(weight=torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)),
+        sk.StrideError, "weight has strides",
+    ),
+    "conv-weight-dtype": (conv(weight=torch.ones(6, 4, 3, 3).half()), sk.DTypeError, "float16"),
+    "conv-weight-device": (
+        conv(weight=torch.empty(6, 4, 3, 3, **META)), sk.DeviceError, "weight is on meta",
+    ),
+    "conv-bias-2d": (conv(bias=W), sk.ShapeError, "bias has 2 axes"),
+    "conv-bias-short": (conv(bias=torch.ones(5)), sk.ShapeError, "bias has 5 elements, fewer"),
+    "conv-bias-dtype": (conv(bias=torch.ones(6).half()), sk.DTypeError, "bias has dtype"),
+    "conv-activation": (conv(activation="tanh"), sk.OptionError, "activation='tanh'; allowed"),
+    "conv-stride=0": (conv(stride=0), sk.ShapeError, "stride=0 is below 1"),
+    "conv-stride-three": (conv(stride=(1, 1, 1)), sk.ShapeError, r"stride=\(1, 1, 1\) must be"),
+    "conv-dilation=0": (conv(dilation=(1, 0)), sk.ShapeError, r"dilation=\(1, 0\) is below 1"),
+    "conv-dilation-float": (conv(dilation=1.0), sk.ShapeError, "dilation=1.0 must be an integer"),
+    "conv-padding=-1": (conv(padding=-1), sk.ShapeError, "padding=-1 is below 0"),
+    "conv-padding-name": (conv(padding="full"), sk.OptionError, "padding='full'; allowed are"),
+    "conv-padding-stride": (
+        conv(padding="same", stride=2), sk.OptionError, r"needs stride 1, not \(2, 2\)",
+    ),
+    "conv-kernel=4": (conv(kernel_size=4), sk.ShapeError, r"\(4, 4\) is not the centre"),
+    "conv-kernel=2": (conv(kernel_size=2), sk.ShapeError, "an even number of taps"),
+    "conv-kernel=0": (conv(kernel_size=0), sk.ShapeError, "kernel_size=0 is below 1"),
+    "conv-groups=0": (grouped(2, groups=0), sk.ShapeError, r"groups=0 is not in 1\.\.6"),
+    "conv-groups=4": (grouped(2, groups=4), sk.ShapeError, "groups=4 does not divide weight's 6"),
+    "conv-part-of-group": (grouped(3, groups=3), sk.ShapeError, "3 channels; .* groups of 2, up"),
+    "conv-many-groups": (grouped(8, groups=3), sk.ShapeError, "8 channels; .* up to 3 of them"),
+    "conv-group-outputs": (
+        grouped(4, groups=3, out_channels=5), sk.ShapeError, "2 of 3 groups, which give 4",
+    ),
+    # layers of convolutions
+    "Conv2d-channels": (
+        conv_layer(torch.randn(1, 3, 5, 5)), sk.ShapeError, r"Conv2d got x .* is 4 of 4",
+    ),
+    "Conv2d-active-channels": (
+        conv_layer(active=sk.Submodel(i=2), in_dim="i"), sk.ShapeError, "2 of 4 .dimension 'i'",
+    ),
+    "Conv2d-vector": (conv_layer(torch.randn(4, 5)), sk.ShapeError, "Conv2d got x of shape"),
+    "Conv2d-dtype": (conv_layer(torch.randn(1, 4, 5, 5).double()), sk.DTypeError, "float64"),
+    "Conv2d-small": (conv_layer(torch.randn(1, 4, 2, 5)), sk.ShapeError, "height 2"),
+    "Conv2d-padding": (
+        conv_layer(active=sk.Submodel(k=1), kernel_size_dim="k"), sk.ShapeError,
+        r"kernel_size=\(1, 1\) of \(3, 3\) needs more than padding=\(0, 0\)",
+    ),
+    "Conv2d-valid": (
+        conv_layer(active=sk.Submodel(k=1), kernel_size_dim="k", padding="valid"), sk.ShapeError,
+        "needs more than padding='valid'",
+    ),
+    "Conv2d-reflect": (
+        conv_layer(padding_mode="reflect"), sk.OptionError, "'reflect'; elastic is 'zeros' alone",
+    ),
+    "Conv2d-activation": (conv_layer(activation="tanh"), sk.OptionError, "tanh'; allowed are"),
+    "Conv2d-grad_mode": (conv_layer(grad_mode="x"), sk.OptionError, "grad_mode='x'"),
+    "Conv2d-kernel-multiple": (
+        conv_layer(kernel_size_dim=("k", 2)), sk.OptionError, "odd or even, not multiples",
+    ),
+    "Conv2d-oblong": (
+        lambda: sk.nn.Conv2d(4, 6, (3, 1), kernel_size_dim="k"), sk.OptionError, "is not square",
+    ),
+    "Conv2d-two-dimensions": (
+        conv_layer(groups=2, in_dim="i", out_dim="o"), sk.OptionError, "they are one dimension",
+    ),
+    "Conv2d-multiple": (conv_layer(in_dim=("i", 5)), sk.ShapeError, r"multiple_of=5 is not in"),
     # embedding
     "features=0": (embedding(features=0), sk.ShapeError, r"features=0 is not in 1\.\.4"),
     "features=5": (embedding(features=5), sk.ShapeError, r"features=5 is not in 1\.\.4"),

@@ -156,8 +156,8 @@ def test_wrong_arguments(model, data):
     loader = batches(data)
     with pytest.raises(SpaceError, match="empty"):
         evaluate(model, [], loader)
-    with pytest.raises(OptionError, match="'f1' is unknown.*accuracy"):
-        evaluate(model, SPACE, loader, metric="f1")
+    with pytest.raises(OptionError, match="'bleu' is unknown.*accuracy"):
+        evaluate(model, SPACE, loader, metric="bleu")
     with pytest.raises(OptionError, match="loader is empty"):
         evaluate(model, SPACE, [])
     with pytest.raises(OptionError, match="inputs, targets"):

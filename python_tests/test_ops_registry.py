@@ -1,5 +1,6 @@
 """torch.library.opcheck on every op of the namespace: one that has no samples fails the test."""
 
+import itertools
 import re
 
 import pytest
@@ -62,6 +63,38 @@ def layer_norm_backward():
         yield torch.randn(3, 4), x, mean, rstd, torch.randn(6), *needs
 
 
+def batch_norm():
+    statistics = torch.randn(6), torch.rand(6) + 1
+    for x in (leaf(3, 4), leaf(3, 4, 2), leaf(3, 4, 2, 5)):
+        yield x, leaf(6), leaf(6), *statistics, True, 0.1, 1e-5
+        yield x, leaf(6), None, *statistics, False, 0.1, 1e-5
+    last = torch.randn(3, 4, 2, 5).contiguous(memory_format=torch.channels_last)
+    yield last.requires_grad_(), leaf(6), leaf(4), None, None, True, 0.0, 1e-5
+    yield leaf(3, 4, dtype=torch.bfloat16), None, None, *statistics, True, 0.1, 1e-5
+
+
+def batch_norm_backward():
+    statistics = torch.randn(4), torch.rand(4) + 1
+    for training in (True, False):
+        for needs in ((True, True, True), (False, True, False), (True, False, False)):
+            values = torch.randn(3, 4, 2), torch.randn(3, 4, 2), *statistics, torch.randn(6)
+            yield *values, training, *needs
+
+
+def group_norm():
+    for x in (leaf(3, 4), leaf(3, 4, 2), leaf(3, 4, 2, 5)):
+        yield x, leaf(6), leaf(4), 2, 1e-5
+    last = torch.randn(3, 4, 2, 5).contiguous(memory_format=torch.channels_last)
+    yield last.requires_grad_(), leaf(6), None, 4, 1e-5
+    yield leaf(3, 4, 3, dtype=torch.bfloat16), None, None, 1, 1e-5
+
+
+def group_norm_backward():
+    for needs in ((True, True, True), (False, True, False), (True, False, False)):
+        statistics = torch.randn(6), torch.rand(6) + 1
+        yield torch.randn(3, 4, 5), torch.randn(3, 4, 5), *statistics, torch.randn(6), 2, *needs
+
+
 def rms_norm():
     yield leaf(3, 4), leaf(6), 1e-5
     yield leaf(3, 4, dtype=torch.bfloat16), None, 1e-5
@@ -83,6 +116,50 @@ def embedding_backward():
 
 def embedding_accumulate():
     yield torch.randn(3, 2, 4), torch.randint(5, (3, 2)), *slot(5, 6), 5, 1
+
+
+def images(*shape, form=torch.contiguous_format):
+    return torch.randn(*shape).contiguous(memory_format=form)
+
+
+CONVS = {  # stored weight; channels of x; block; geometry, the last of which is active groups
+    "dense": ((5, 4, 3, 3), 3, [2, 3, 3, 3], [2, 1, 1, 0, 1, 1, 1]),
+    "pointwise": ((5, 4, 1, 1), 3, [4, 3, 1, 1], [1, 1, 0, 0, 1, 1, 1]),
+    "cropped depthwise": ((6, 1, 5, 5), 4, [4, 1, 3, 3], [1, 1, 1, 1, 1, 2, 4]),
+}
+
+
+def convs():
+    """Stored weight, block, geometry, x, and dy of x's memory format."""
+    for shape, channels, block, geometry in CONVS.values():
+        for form in (torch.contiguous_format, torch.channels_last):
+            x, weight = images(2, channels, 6, 7, form=form), torch.randn(shape)
+            op = torch.ops.sorted_kernels.conv2d
+            y, _ = op(x, weight, None, block, geometry, "none", False)
+            yield weight, block, geometry, x, torch.randn_like(y)
+
+
+def conv2d():
+    names = itertools.cycle(("gelu", "none", "relu", "silu"))
+    for (weight, block, geometry, x, _), activation in zip(convs(), names, strict=False):
+        tensors = x.requires_grad_(), weight.requires_grad_(), leaf(weight.shape[0])
+        yield *tensors, block, geometry, activation, activation != "none"
+    yield x.requires_grad_(), weight.requires_grad_(), None, block, geometry, "none", False
+
+
+def conv2d_dgrad():
+    for weight, block, geometry, x, dy in convs():
+        yield dy, weight, block, geometry, list(x.shape[2:])
+
+
+def conv2d_wgrad():
+    for _, block, geometry, x, dy in convs():
+        yield dy, x, block, geometry
+
+
+def conv2d_accumulate():
+    for weight, block, geometry, x, dy in convs():
+        yield dy, x, block, geometry, *slot(*weight.shape)
 
 
 RUNS = [2, 5, 4, 1, 3, 4, 1, 3, 1]  # four rows of widths 4, 4, 4 and 1
@@ -167,6 +244,8 @@ SAMPLES = {
         ragged_linear_dgrad, ragged_linear_wgrad, ragged_linear_bias_grad, ragged_layer_norm,
         ragged_layer_norm_backward, ragged_rms_norm, ragged_rms_norm_backward, ragged_embedding,
         ragged_embedding_backward, ragged_linear_accumulate, ragged_embedding_accumulate,
+        batch_norm, batch_norm_backward, group_norm, group_norm_backward,
+        conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_accumulate,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed
@@ -199,8 +278,11 @@ def test_every_sample_names_an_op():
 
 def test_sizes_in_schemas_are_symbolic():
     """A plain int in a schema would compile a graph for every size."""
-    sizes = ("out_features", "in_features", "features", "rows", "handle", "padding_idx")
+    sizes = (
+        "out_features", "in_features", "features", "rows", "handle", "padding_idx", "num_groups",
+        r"\[\] block", r"\[\] geometry", r"\[\] input_size",
+    )  # fmt: skip
     for name in op_names():
         text = str(getattr(torch.ops.sorted_kernels, name).default._schema)
         for size in sizes:
-            assert not re.search(rf"(?<!Sym)[Ii]nt {size}\b", text), text
+            assert not re.search(rf"(?<!Sym)[Ii]nt ?{size}\b", text), text

@@ -1,5 +1,7 @@
 """Models of ``transformers`` made elastic by their tables: what stays, and every sub-model."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -200,3 +202,146 @@ def test_flops_are_those_of_the_export(name):
     assert sk.count_flops(model, chosen, batch) == counter.get_total_flops() > 0
     (example,) = batch.values()
     assert sk.count_flops(model, chosen, example) == counter.get_total_flops()
+
+
+def test_bert_base_is_a_submodel_of_bert_large():
+    """On the meta device: the real sizes, without their memory."""
+    large = transformers.BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
+    with torch.device("meta"):
+        model = sk.elasticize(transformers.BertForMaskedLM(large))
+        base = transformers.BertForMaskedLM(transformers.BertConfig())
+    small = sk.export(model, sk.Submodel(depth=12, hidden=768, heads=12, ffn=3072))
+    assert small.config.to_dict() == base.config.to_dict()
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (small, base)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-classifier", "roberta"])
+def test_token_types_positions_and_padding(name):
+    model, batch, chosen = elastic(name), inputs(name), submodel(name, 1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["input_ids"][0, 4:] = 0
+    batch["attention_mask"][0, 4:] = 0
+    batch["position_ids"] = torch.arange(9, 2, -1).expand(2, 7)
+    if name != "roberta":
+        batch["token_type_ids"] = torch.tensor([[0, 0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1]])
+    small = sk.export(model, chosen)
+    sk.activate(model, chosen)
+    torch.testing.assert_close(out(model, batch), out(small, batch))
+    for left_out in list(batch)[1:]:
+        fewer = {key: value for key, value in batch.items() if key != left_out}
+        assert not torch.allclose(out(model, fewer), out(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: transformers.T5Model(
+                transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                                      num_heads=2)
+            ),
+            "T5Model is not among the architectures known: .*bert, gpt2, llama",
+        ),
+        (lambda: pretrained._bert("BertLMHeadModel", is_decoder=True, add_cross_attention=True),
+         r"crossattention\.\w+.*Linear, has parameters .weight, bias."),
+        (lambda: pretrained._gpt2(add_cross_attention=True), r"h\.0\.crossattention"),
+        (lambda: pretrained._vit("ViTForMaskedImageModeling"), r"embeddings.*mask_token"),
+    ],
+    ids=["unknown", "bert-cross", "gpt2-cross", "vit-masked"],
+)  # fmt: skip
+def test_what_no_table_can_express(make, message):
+    model = make()
+    before = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    with pytest.raises(sk.RuleError, match=message):
+        sk.elasticize(model)
+    assert [(type(m), dict(m.__dict__)) for m in model.modules()] == before
+
+
+def test_a_module_added_by_somebody_is_named():
+    model = plain("llama")
+    model.model.layers[1].mlp.adapter = torch.nn.Linear(24, 24)
+    with pytest.raises(sk.RuleError, match=r"model\.layers\.1\.mlp\.adapter, a Linear"):
+        sk.elasticize(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("llama", {"hidden": 5, "heads": 3}, "not a multiple of the number of attention"),
+        ("bert", {"hidden": 12, "heads": 6}, r"hidden must be heads \* 4 = 24"),
+        ("gpt2", {"hidden": 12}, r"hidden must be heads \* 4 = 24"),
+        ("vit", {"ffn": (3, 4, 5)}, "one ffn for all layers"),
+    ],
+)
+def test_what_a_configuration_cannot_say(name, sizes, message):
+    """An error of export; the sub-model itself runs."""
+    model = elastic(name)
+    sk.activate(model, sk.Submodel(**sizes))
+    assert out(model, inputs(name)).isfinite().all()
+    with pytest.raises(sk.DimensionError, match=message):
+        sk.export(model, sk.Submodel(**sizes))
+    assert sk.nn.current(model) == sk.Submodel(**sizes)
+
+
+def test_heads_are_rounded_up_to_whole_groups():
+    model = elastic("llama")
+    attention = model.model.layers[0].self_attn
+    for heads, groups in ((1, 1), (3, 1), (4, 2), (6, 2)):
+        sk.activate(model, sk.Submodel(heads=heads))
+        found = [getattr(attention, f"{n}_proj").out_axis.active for n in "qkv"]
+        assert found == [groups * 3 * 8, groups * 8, groups * 8]
+        assert attention.o_proj.in_axis.active == groups * 3 * 8
+    small = sk.export(model, sk.Submodel(heads=1))
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (3, 1)
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_a_part_of_a_model_is_exported_without_its_configuration(name):
+    model = elastic(name)
+    sk.activate(model, submodel(name, 1))
+    body = model.base_model
+    layers, batch = (body.layers if name == "vit" else body.h), inputs(name)
+    part = sk.export(layers[0].mlp, sk.Submodel(ffn=9, hidden=7))
+    x = torch.randn(2, 7)
+    with sk.active(layers[0].mlp, sk.Submodel(ffn=9, hidden=7)):
+        torch.testing.assert_close(part(x), layers[0].mlp(x))
+    if name == "vit":
+        with sk.active(body.embeddings, sk.Submodel(hidden=7)):
+            tokens = sk.export(body.embeddings, sk.Submodel(hidden=7))
+            assert tokens.cls_token.shape == (1, 1, 7) and not tokens._forward_pre_hooks
+            torch.testing.assert_close(tokens(**batch), body.embeddings(**batch))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["vit", "gpt2", "llama-tied"])
+def test_copies_are_independent(name, how):
+    model, batch, chosen = elastic(name), inputs(name), submodel(name, 1)
+    sk.activate(model, submodel(name, 2))
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert sk.nn.current(twin) == submodel(name, 2)
+    expected = out(sk.export(model, chosen), batch)
+    sk.activate(twin, chosen)
+    found = out(twin, batch)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert all(param.grad is None for param in model.parameters())
+    assert sk.nn.current(model) == submodel(name, 2) and out(model, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["inplace", "dense"])
+def test_parts_of_parameters_on_both_gradient_paths(mode):
+    model = sk.elasticize(plain("vit"), grad_mode=mode)
+    small = sk.export(model, submodel("vit", 1))
+    sk.activate(model, submodel("vit", 1))
+    for each in (model, small):
+        (out(each, inputs("vit")) * torch.arange(5)).sum().backward()
+    embeddings, wanted = model.vit.embeddings, dict(small.vit.embeddings.named_parameters())
+    for path, param in embeddings.named_parameters():
+        twin = wanted[path]
+        block = tuple(slice(size) for size in twin.shape)
+        torch.testing.assert_close(param.grad[block], twin.grad)
+        assert staircase_of(param).area == twin.numel() and param.grad.count_nonzero() > 0
+        assert param.grad.count_nonzero() == param.grad[block].count_nonzero()

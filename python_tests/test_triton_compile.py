@@ -71,6 +71,18 @@ def test_half_precision_products_use_tensor_cores(compiled, capability):
     assert [kernel for kernel in short if "mma.sync" not in kernel.instructions] == []
 
 
+def test_half_precision_convolutions_use_tensor_cores(compiled, capability):
+    """And where channels are aligned, both operands are loaded 16 bytes at a time."""
+    products = [k for k in compiled[capability] if "conv" in k.name and k.dtype in HALF]
+    products = [k for k in products if "gemm" in k.name or "wgrad" in k.name]
+    products = [k for k in products if k.case.startswith("conv")]
+    assert len(products) >= 30
+    wanted = "wgmma" if capability == 90 else "mma.sync"
+    assert [kernel for kernel in products if wanted not in kernel.instructions] == []
+    aligned = [k for k in products if "aligned" in k.case]
+    assert [kernel for kernel in aligned if "cp.async.16" not in kernel.instructions] == []
+
+
 def test_float32_products_are_exact_unless_asked(compiled, capability):
     products = [k for k in compiled[capability] if "linear" in k.name and k.dtype == "float32"]
     on_tensor_cores = {k.case for k in products if {"wgmma", "mma.sync"} & set(k.instructions)}

@@ -3,6 +3,7 @@
 from sorted_kernels import inference, models, nn, optim, training
 from sorted_kernels.errors import (
     CheckpointError,
+    DataError,
     DependencyError,
     DeviceError,
     DimensionError,
@@ -17,7 +18,16 @@ from sorted_kernels.errors import (
 )
 from sorted_kernels.models import count_flops, count_parameters, elasticize, export
 from sorted_kernels.nn import activate, active
-from sorted_kernels.ops import embedding, layer_norm, linear, rms_norm
+from sorted_kernels.ops import (
+    batch_norm,
+    conv2d,
+    embedding,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    linear,
+    rms_norm,
+)
 from sorted_kernels.row_widths import RowWidths
 from sorted_kernels.staircase import Staircase
 from sorted_kernels.submodel import Submodel, SubmodelSpace
@@ -25,6 +35,7 @@ from sorted_kernels.submodel import Submodel, SubmodelSpace
 __all__ = [
     "CheckpointError",
     "DTypeError",
+    "DataError",
     "DependencyError",
     "DeviceError",
     "DimensionError",
@@ -41,12 +52,16 @@ __all__ = [
     "SubmodelSpace",
     "activate",
     "active",
+    "batch_norm",
+    "conv2d",
     "count_flops",
     "count_parameters",
     "elasticize",
     "embedding",
     "export",
+    "group_norm",
     "inference",
+    "instance_norm",
     "layer_norm",
     "linear",
     "models",

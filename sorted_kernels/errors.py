@@ -43,6 +43,10 @@ class CheckpointError(SortedKernelsError, ValueError):
     """A checkpoint is missing, truncated, of another model, or cannot be written."""
 
 
+class DataError(SortedKernelsError, ValueError):
+    """A data file is missing, truncated, or holds something else."""
+
+
 class OptionError(SortedKernelsError, ValueError):
     """An option has a value that is not among those allowed."""
 

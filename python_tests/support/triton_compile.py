@@ -67,7 +67,7 @@ def compile_kernels(capability: int, dtypes: tuple[str, ...] = DTYPES) -> list[C
 
 
 def count_variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
-    """How often each kernel is compiled when linear, also ragged, runs with these (N, m, k)."""
+    """How often each kernel is compiled when linear and convolution run with these (N, m, k)."""
     return json.loads(_run_alone("variants", json.dumps(sizes)))
 
 
@@ -131,12 +131,75 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
     return cases
 
 
+def _conv_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]]:
+    """Convolution in channels_last with aligned and odd channels; depthwise; sums."""
+    import torch
+
+    from sorted_kernels.reference.conv2d import Geometry
+    from sorted_kernels.triton import conv2d, conv_config, conv_wgrad, gemm_config, launch
+
+    limits = launch.DeviceLimits(1, SHARED_MEMORY[capability], large_tiles=capability == 90)
+    cases: list[tuple[str, Callable[[], object]]] = []
+
+    def add(label, function, *args, **options):
+        cases.append((label, lambda: function(*args, **options)))
+
+    def operands(channels, layout, weight_layout):
+        x = torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=layout)
+        w = torch.zeros(channels, channels, 3, 3, dtype=dtype).to(memory_format=weight_layout)
+        return x, torch.zeros_like(x[..., ::2, ::2]), w
+
+    def product(label, operands, aligned, functions=("forward", "dgrad", "wgrad")):
+        x, dy, w = operands
+        bias, g = torch.zeros(w.shape[0], dtype=dtype), Geometry((2, 2), (1, 1), (1, 1), 1)
+        configs = conv_config.all_conv_configs(dtype, aligned)
+        for config in configs if dtype != torch.float16 else configs[-1:]:
+            if not gemm_config.config_supports(config, dtype, limits, aligned):
+                continue
+            tile = f"conv {label} {config.block_m}x{config.block_n}x{config.block_k}"
+            options = {"config": config}
+            if "forward" in functions:
+                add(f"{tile} forward", conv2d.conv2d, x, w, bias, g, "gelu", True, **options)
+            if "wgrad" in functions:
+                add(f"{tile} wgrad", conv2d.conv2d_wgrad_into, dy, x, w, g, True, **options)
+            if "dgrad" in functions and config in (configs[0], configs[-1]):
+                add(f"{tile} dgrad", conv2d.conv2d_dgrad, dy, w, (8, 8), g, **options)
+
+    def depthwise(label, operands):
+        x, dy, w = operands
+        w, bias = w[:, :1], torch.zeros(w.shape[0], dtype=dtype)
+        g = Geometry((2, 2), (1, 1), (1, 1), w.shape[0])
+        add(f"depthwise {label} forward", conv2d.conv2d, x, w, bias, g, "gelu", True)
+        add(f"depthwise {label} dgrad", conv2d.conv2d_dgrad, dy, w, (8, 8), g)
+        add(f"depthwise {label} wgrad", conv2d.conv2d_wgrad_into, dy, x, w, g, True)
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    dense = operands(64, last, last)
+    product("aligned", dense, True)
+    depthwise("aligned", dense)
+    bias = torch.zeros(64, dtype=dtype)
+    add("channel sum", conv2d.bias_grad_into, dense[1].contiguous(), bias, True)
+    add("part sum", conv_wgrad.part_sum_into, torch.zeros(2, *dense[2].shape), dense[2], True)
+    if dtype != torch.float16:
+        product("strided weight", operands(64, last, plain), True, ("forward",))
+        product("odd", operands(63, last, plain), False)
+        depthwise("odd", operands(63, plain, plain))
+    return cases
+
+
 def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     """Norms at the widths where the tiling changes, column sums, embedding."""
     import torch
 
+    from sorted_kernels.triton import (
+        batch_norm,
+        embedding,
+        group_norm,
+        layer_norm,
+        linear,
+        rms_norm,
+    )
     from sorted_kernels.triton import decode as decoding
-    from sorted_kernels.triton import embedding, layer_norm, linear, rms_norm
 
     weight = torch.zeros(16384, dtype=dtype)
 
@@ -159,6 +222,22 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         runs = [(1, 1, k), (3, 1, k - 32)]
         rms_norm.ragged_rms_norm(x, weight, runs, 1e-5)
         rms_norm.ragged_rms_norm_backward_into(x, x, rows, weight, runs, weight, True)
+
+    def outer(k):
+        channels(torch.zeros(2, 5, k, dtype=dtype))
+
+    def inner(k):
+        channels(torch.zeros(2, 4, 4, k, dtype=dtype).permute(0, 3, 1, 2))
+
+    def channels(x):
+        c = x.shape[1]
+        one, many, part = torch.zeros(c), torch.zeros(2 * c), weight[:c]
+        batch_norm.batch_norm(x, weight, weight, weight, weight, True, 0.1, 1e-5)
+        group_norm.group_norm(x, weight, weight, c, 1e-5)
+        outs = part, part, True, True
+        for training in (True, False):
+            batch_norm.batch_norm_backward_into(x, x, one, one, weight, training, *outs)
+        group_norm.group_norm_backward_into(x, x, many, many, weight, c, *outs)
 
     def sums(k):
         linear.bias_grad_into(torch.zeros(4, k, dtype=dtype), weight[:k], True)
@@ -184,6 +263,8 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     for function, widths in (
         (layer, (63, 768, 4095, 8191, 8192, 16384)),
         (rms, (64, 8192, 16384)),
+        (outer, (63, 1024)),
+        (inner, (63, 256)),
         (sums, (63, 64)),
         (lookup, (63, 768)),
         (decode, (1023, 1024)),
@@ -260,7 +341,8 @@ def _kernels(capability: int, dtypes: list[str]) -> list[dict]:
     _compile_instead_of_launching(capability, seen)
     for dtype_name in dtypes:
         dtype = getattr(torch, dtype_name)
-        for label, call in _gemm_cases(dtype, capability) + _row_cases(dtype):  # noqa: B007
+        gemm, conv = _gemm_cases(dtype, capability), _conv_cases(dtype, capability)
+        for label, call in gemm + conv + _row_cases(dtype):  # noqa: B007
             call()
     return [asdict(row) for row in rows.values()]
 
@@ -268,13 +350,18 @@ def _kernels(capability: int, dtypes: list[str]) -> list[dict]:
 def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
     import torch
 
-    from sorted_kernels.triton import gemm_config, linear
+    from sorted_kernels.reference.conv2d import Geometry
+    from sorted_kernels.triton import conv2d, conv_config, gemm_config, linear
 
     hashes: dict[str, set[str]] = {}
-    _compile_instead_of_launching(
-        90, lambda name, kernel: hashes.setdefault(name, set()).add(kernel.hash)
-    )
+    use = ""  # of a kernel that serves two
+
+    def seen(name, kernel):
+        hashes.setdefault(f"{name}{use}", set()).add(kernel.hash)
+
+    _compile_instead_of_launching(90, seen)
     weight, x, dy = torch.zeros(3, 256, 256, dtype=torch.bfloat16)
+    filters = torch.zeros(512, 512, 3, 3, dtype=torch.bfloat16)
     for n, m, k in sizes:
         config = gemm_config.HALF_CONFIGS[2]
         linear.linear(x[:n, :k], weight, None, m, "none", False, config=config)
@@ -285,6 +372,19 @@ def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
         linear.ragged_dgrad(dy, weight, runs, config=config)
         linear.ragged_wgrad_into(dy, x, runs, weight, True, config=config)
         linear.ragged_bias_grad_into(dy, runs, weight[0], True)
+        config = conv_config.HALF_ODD_CONFIGS[0]
+        wide = k + 48  # beyond the channels of depthwise's narrow tiles
+        for groups, out, channels in ((1, m, k), (wide, wide, wide)):
+            g, w = Geometry((1, 2), (1, 1), (1, 1), groups), filters[:out, : channels // groups]
+            images = torch.zeros(n, channels, 3, 4 + n, dtype=torch.bfloat16)
+            images = images.to(memory_format=torch.channels_last)
+            use = ", forward"
+            y, _ = conv2d.conv2d(images, w, None, g, "none", False, config=config)
+            use = ", dgrad"
+            conv2d.conv2d_dgrad(y, w, images.shape[2:], g, config=config)
+            use = ""
+            conv2d.conv2d_wgrad_into(y, images, w, g, True, config=config)
+        conv2d.bias_grad_into(y.contiguous(), filters[0, :wide, 0, 0], True)
     return {name: len(variants) for name, variants in hashes.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from sorted_kernels.cli import doctor as doctoring
 from sorted_kernels.cli import exporting, runs
+from sorted_kernels.cli.compare import run_compare
+from sorted_kernels.cli.comparison import BUDGETS, NORMS, PRESETS
 from sorted_kernels.cli.demo import run_demo
 from sorted_kernels.cli.recipe import OBJECTIVES, Recipe
 from sorted_kernels.cli.tasks import resolve
@@ -19,6 +22,7 @@ from sorted_kernels.errors import DimensionError, OptionError
 from sorted_kernels.inference import Results, select
 from sorted_kernels.inference.results import Row
 from sorted_kernels.submodel import Submodel, parse_size
+from sorted_kernels.training.baselines import METHODS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -156,6 +160,68 @@ def train(
         progress=not quiet,
     )
     _say(f"trained; next: sorted-kernels evaluate {out}")
+
+
+@app.command(
+    epilog=_examples(
+        "compare",
+        "compare --methods slimmable,sorted --norms instance --budgets passes",
+        "compare --preset paper --data cifar-10-python.tar.gz --out runs/table2",
+    )
+)
+def compare(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what comes out. [default: runs/compare-PRESET]")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="small: digits, minutes on a CPU; paper: CIFAR-10, for a GPU.")
+    ] = "small",
+    data: Annotated[
+        Path | None, typer.Option(help="CIFAR-10: its .tar.gz (Python or binary), or its folder.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help=f"Some of {','.join(METHODS)}. [default: all]")
+    ] = None,
+    norms: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Some of {','.join(NORMS)} (batch norm with one set of statistics a width; "
+            "slimmable alone). [default: all]"
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help=f"What all methods get as much of: some of {','.join(BUDGETS)}."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="For example 40,42,1010.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train cPreResNet20 at many widths by SortedNet and by others; print SortedNet's Table 2."""
+    if preset not in PRESETS:
+        raise OptionError(f"--preset is {preset!r}; allowed are {', '.join(PRESETS)}")
+    words = {"methods": methods, "norms": norms, "budgets": budgets}
+    changes: dict[str, Any] = {k: tuple(v.split(",")) for k, v in words.items() if v is not None}
+    if seeds is not None:
+        changes["seeds"] = _numbers("seeds", seeds)
+    if steps is not None:
+        changes["steps"] = steps
+    run_compare(
+        replace(PRESETS[preset], **changes),
+        out or Path(f"runs/compare-{preset}"),
+        data=data,
+        device=runs.pick_device(device),
+        progress=not quiet,
+        console=console,
+    )
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise OptionError(f"--{option} is {text!r}; allowed is the like of 40,42,1010")
+    return tuple(int(part) for part in parts)
 
 
 @app.command(epilog=_examples("evaluate runs/digits", "evaluate runs/digits --latency"))

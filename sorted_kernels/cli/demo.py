@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +29,6 @@ WRITTEN = {
     "selected.pt2": "the chosen sub-model: torch.export.load(...).module()",
     "check_selected.py": "the comparison of step 4",
 }
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def run_demo(
     return summary
 
 
-def _say_training(out: Path, say: Say) -> None:
+def _say_training(out: Path, say: runs.Say) -> None:
     say("[bold]1. Train[/] 96 sub-models (12 depths x 8 widths) at once, by the stochastic loss")
     say(f"   a plain PyTorch residual MLP, made elastic by {len(RESIDUAL_MLP_RULES)} rules:")
     for name, axes in RESIDUAL_MLP_RULES.items():
@@ -135,7 +132,7 @@ def _say_training(out: Path, say: Say) -> None:
         say(f"   going on from {before}; delete {out} to begin anew")
 
 
-def _say_chosen(results: Results, chosen: Row, largest: Row, say: Say) -> None:
+def _say_chosen(results: Results, chosen: Row, largest: Row, say: runs.Say) -> None:
     say(f"   {chosen.submodel}: accuracy {results.format_metric(chosen)}%")
     say(
         f"   {chosen.flops:,} FLOPs, {100 * chosen.flops / largest.flops:.1f}% of the largest; "
@@ -143,7 +140,7 @@ def _say_chosen(results: Results, chosen: Row, largest: Row, say: Say) -> None:
     )
 
 
-def _say_accuracies(results: Results, task: Task, say: Say) -> None:
+def _say_accuracies(results: Results, task: Task, say: runs.Say) -> None:
     largest, best, worst = results[task.space.largest], results.best, _worst_half(results, task)
     say(
         f"   largest sub-model {results.format_metric(largest)}%; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from sorted_kernels.inference import Results, cost_plot, evaluate, heat_map
 from sorted_kernels.inference.files import replacing
 from sorted_kernels.inference.results import Row
 
+Say = Callable[[str], None]
 CONFIG, CHECKPOINTS, RESULTS = "config.json", "checkpoints", "results.json"
 
 
@@ -61,7 +62,7 @@ def train_run(
     model = task.model.to(device)
     optimizer = optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = _steps(task, recipe)
-    with _threads(task.threads):
+    with threads(task.threads):
         history = training.fit(
             model,
             _objective(task, recipe),
@@ -82,7 +83,7 @@ def train_run(
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """So many CPU threads for a while; torch's own choice where there is no count."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -128,7 +129,7 @@ def open_run(out: Path, device: torch.device) -> Task:
 
 def evaluate_run(task: Task, out: Path, *, latency: bool = False, progress: bool = True) -> Results:
     """Evaluate the whole space; writes ``results.csv`` and ``results.json``."""
-    with _threads(task.threads):
+    with threads(task.threads):
         results = evaluate(
             task.model,
             task.space,

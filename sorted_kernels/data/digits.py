@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sorted_kernels.data.augment import CropAndFlip
 from sorted_kernels.data.batches import Batches
+from sorted_kernels.data.images import Images
 from sorted_kernels.errors import OptionError, require
 
 _SIDE = 8
@@ -106,4 +108,39 @@ def digits(test_fraction: float = 0.25, seed: int = 0) -> Digits:
         standardise(test_x),
         torch.from_numpy(test_y).long(),
         float((0.0 - mean) / std),
+    )
+
+
+def digit_images(side: int = 8, test_fraction: float = 0.25, seed: int = 0) -> Images:
+    """The digits as images of one channel, enlarged to what a convolutional network needs.
+
+    Pixels are non-negative and an empty one is zero, up to the rounding of the standardised digits
+    that they are taken from. For training, images move by up to an eighth of their side.
+
+    Args:
+        side: Height and width; a multiple of 8, reached by bilinear interpolation.
+        test_fraction: As for :func:`digits`, which splits them.
+        seed: Seed of the split.
+
+    Raises:
+        OptionError: ``side`` is no multiple of 8, or ``test_fraction`` is not between 0 and 1.
+        DependencyError: scikit-learn is not installed.
+    """
+    if isinstance(side, bool) or not isinstance(side, int) or side < _SIDE or side % _SIDE:
+        raise OptionError(f"side is {side!r}; allowed are multiples of {_SIDE}")
+    data = digits(test_fraction, seed)
+
+    def enlarge(rows: Tensor) -> Tensor:
+        images = (rows - data.background).clamp(min=0).view(-1, 1, _SIDE, _SIDE)
+        return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+
+    train = enlarge(data.train_inputs)
+    return Images(
+        train,
+        data.train_targets,
+        enlarge(data.test_inputs),
+        data.test_targets,
+        mean=(train.mean().item(),),
+        deviation=(train.std().item(),),
+        augment=CropAndFlip(side // _SIDE, flip=False),
     )

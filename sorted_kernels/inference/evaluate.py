@@ -77,13 +77,13 @@ def evaluate(
         raise SpaceError("space is empty; evaluate needs at least one sub-model")
     name, measure, higher = _resolve(metric, higher_is_better)
     tallies = [_Tally(submodel, measure) for submodel in submodels]
-    run = forward or _call
-    target = torch.device(device) if device is not None else _device_of(model)
+    run = forward or call_model
+    target = torch.device(device) if device is not None else device_of(model)
     shape: Any = None if input_shape is None else tuple(input_shape)
     first = True
-    with _evaluating(model), _progress_bar(progress, loader, len(tallies)) as advance:
+    with evaluating(model), _progress_bar(progress, loader, len(tallies)) as advance:
         for batch in loader:
-            inputs, targets = _move(_pair(batch), target)
+            inputs, targets = move(pair(batch), target)
             if shape is None:
                 shape = _one_sample(inputs)
             for tally in tallies:
@@ -192,30 +192,33 @@ def _check_shapes(output: Any, targets: Any) -> None:
         )
 
 
-def _call(model: torch.nn.Module, inputs: Any) -> Any:
+def call_model(model: torch.nn.Module, inputs: Any) -> Any:
+    """What runs where no ``forward`` was given."""
     return model(inputs)
 
 
-def _device_of(model: torch.nn.Module) -> torch.device:
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise OptionError(f"loader gave a {type(batch).__name__}; allowed are (inputs, targets)")
     return batch[0], batch[1]
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def move(value: Any, device: torch.device) -> Any:
     """The value with every tensor inside tuples, lists and dictionaries on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, (tuple, list)):
-        moved = [_move(item, device) for item in value]
+        moved = [move(item, device) for item in value]
         return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: move(item, device) for key, item in value.items()}
     return value
 
 
@@ -228,7 +231,7 @@ def _one_sample(inputs: Any) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; each module's mode and the sub-model come back after."""
     training = [module for module in model.modules() if module.training]
     with active(model, current(model)), torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 from sorted_kernels.errors import DimensionError
 from sorted_kernels.models.architectures import Architecture
 from sorted_kernels.nn.activation import dimensions
+from sorted_kernels.nn.batch_norm import BatchNorm
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.nn.parameters import parts_of
@@ -22,8 +23,10 @@ from sorted_kernels.submodel import Submodel
 
 def build_smaller(
     model: torch.nn.Module, table: Architecture, submodel: Submodel
-) -> torch.nn.Module:
+) -> torch.nn.Module | None:
     """A new model of the same class whose configuration has the sub-model's sizes.
+
+    None where the table says that no configuration has them.
 
     Args:
         model: The elastic model, with the sub-model active.
@@ -38,6 +41,8 @@ def build_smaller(
     sizes = _sizes(model, submodel)
     try:
         smaller = _configuration(config, table, sizes)
+        if smaller is None:
+            return None
         with _without_initialization(), torch.device(device):
             fresh = type(model)(smaller)
     except Exception as error:  # configurations' own errors have no common class
@@ -48,6 +53,14 @@ def build_smaller(
     except RuntimeError as error:  # of load_state_dict: another size than the active block
         raise DimensionError(f"{type(config).__name__} cannot say {submodel}: {error}") from error
     return fresh
+
+
+def refuse_saving(described: str, *_args: Any, **_options: Any) -> None:
+    """In the place of ``save_pretrained`` of a model that its configuration does not describe."""
+    raise DimensionError(
+        f"{described}, so save_pretrained would write what from_pretrained cannot load; "
+        "torch.save(model), its state_dict or torch.export keep it"
+    )
 
 
 def _sizes(model: torch.nn.Module, submodel: Submodel) -> dict[str, int]:
@@ -68,8 +81,10 @@ def _sizes(model: torch.nn.Module, submodel: Submodel) -> dict[str, int]:
 
 def _configuration(config: Any, table: Architecture, sizes: dict[str, int]) -> Any:
     assert table.configuration is not None
-    fields = {**config.to_dict(), **table.configuration(config, sizes)}
-    smaller = type(config).from_dict(fields)
+    changed = table.configuration(config, sizes)
+    if changed is None:
+        return None
+    smaller = type(config).from_dict({**config.to_dict(), **changed})
     if hasattr(config, "_attn_implementation"):  # not among the fields that are saved
         smaller._attn_implementation = config._attn_implementation
     return smaller
@@ -110,8 +125,9 @@ def _give_parameters(fresh: torch.nn.Module, model: torch.nn.Module) -> None:
             if param is not None and source is not None:
                 kept = shared.setdefault(id(source), param)
                 module._parameters[name] = kept.requires_grad_(source.requires_grad)
+        cut = source_module.active_shapes() if isinstance(source_module, ElasticModule) else ()
         for name, buffer in module._buffers.items():
-            source = source_module._buffers.get(name)
+            source = None if name in cut else source_module._buffers.get(name)
             if buffer is not None and source is not None and buffer.shape == source.shape:
                 module._buffers[name] = source.detach().clone()
     if getattr(model, "generation_config", None) is not None:
@@ -131,6 +147,8 @@ def _active_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
         shapes = elastic.active_shapes() if elastic is not None else {}
         parts = parts_of(module)
         stored = {**module._parameters, **module._buffers}
+        if elastic is not None:  # a batch norm may have them from a set of the sub-model's own
+            stored.update(elastic.sources())
         for name, value in stored.items():
             if value is None or name in module._non_persistent_buffers_set:
                 continue
@@ -146,7 +164,10 @@ def _active_state(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _inactive_paths(model: torch.nn.Module) -> Iterator[str]:
+    """Beginnings of paths that the sub-model lacks: blocks, and sets within batch norms."""
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BatchNorm):
+            yield from (f"{path}.{name}." for name in module._modules)
         if isinstance(module, DepthContainer):
             for name in list(module._modules)[len(module.active_blocks()) :]:
                 yield f"{path}.{name}." if path else f"{name}."

@@ -10,9 +10,11 @@ import torch
 from sorted_kernels import nn
 from sorted_kernels.errors import RuleError
 from sorted_kernels.models.architectures import Architecture, Form, architecture_of
+from sorted_kernels.models.architectures.attention import register_attention
 from sorted_kernels.models.architectures.registry import Rules, path_regex
 from sorted_kernels.nn.activation import DECLARED, PLAN, Plan, forget_plan
 from sorted_kernels.nn.axis import AttributeAxis, AxisSpec, ElasticAxis
+from sorted_kernels.nn.conv import conv_axes
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.parameters import ParameterParts, parameter_axis, parts_of
 
@@ -20,9 +22,14 @@ ARCHITECTURE = "_elastic_architecture"
 """Attribute under which a model made elastic by a table keeps the table's name."""
 _ELASTIC: dict[type, type] = {
     torch.nn.Linear: nn.Linear,
+    torch.nn.Conv2d: nn.Conv2d,
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
     torch.nn.Embedding: nn.Embedding,
+    torch.nn.BatchNorm1d: nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: nn.BatchNorm2d,
+    torch.nn.GroupNorm: nn.GroupNorm,
+    torch.nn.InstanceNorm2d: nn.InstanceNorm2d,
     torch.nn.ModuleList: nn.ModuleList,
     torch.nn.Sequential: nn.Sequential,
 }
@@ -42,16 +49,17 @@ def elasticize(
     change their class to the one of ``sk.nn`` with the same name.
 
     Args:
-        model: Any module made of linear, norm and embedding modules and module lists.
+        model: Any module made of linear, convolution, norm and embedding modules and module lists.
         rules: Module path to axes, as in ``{"blocks": {"depth": "depth"}, "blocks.*.fc1":
             {"out": "ffn"}}``. ``*`` stands for one name in the path, ``**`` for any number. Axes
-            are ``in`` and ``out`` of a linear, ``features`` of a norm or embedding, ``depth`` of a
-            module list or sequential; of any other module, the names of integer attributes that it
-            computes with, or parameters that it uses by itself, with their first or last axis
-            (``"weight[0]"``, ``"token[-1]"``). A value is a dimension's name or ``(name,
-            multiple_of)``. None for a model with a table of its architecture: the classes of
-            ``transformers`` that ``sk.models.architectures`` has, and what
-            ``sk.models.register_architecture`` added.
+            are ``in`` and ``out`` of a linear or convolution (one of the two is enough where it
+            has groups), ``kernel_size`` of a convolution, ``features`` of a norm or embedding,
+            ``depth`` of a module list or sequential; of any other module, the names of integer
+            attributes that it computes with, or parameters that it uses by itself, with their
+            first or last axis (``"weight[0]"``, ``"token[-1]"``). A value is a dimension's name,
+            ``(name, multiple_of)``, or ``(name, sizes)`` with a size for each count. None for a
+            model with a table of its architecture: the classes of ``transformers`` that
+            ``sk.models.architectures`` has, and what ``sk.models.register_architecture`` added.
         dimensions: Full size of dimensions whose axes differ in size (``{"width": 8}``): an axis
             then follows in proportion. Also read from the model's own ``dimensions``.
         grad_mode: ``"inplace"`` or ``"dense"``, as for the layers of ``sk.nn``.
@@ -81,6 +89,8 @@ def elasticize(
     try:
         for path, (module, axes) in matched.items():
             _swap(path, module, axes, grad_mode, forms)
+        if table is not None and table.finish is not None:
+            table.finish(model)
         if dimensions is not None:
             model.__dict__[DECLARED] = dict(dimensions)
         forget_plan(model)
@@ -92,6 +102,7 @@ def elasticize(
         if table is not None:
             _check_complete(model, table)
             model.__dict__[ARCHITECTURE] = table.name
+            register_attention()
     except Exception as error:
         for name, (module, _) in matched.items():
             kind, state = before[name]
@@ -194,14 +205,19 @@ def _swap(
         return
     if type(module).__name__ in forms:
         module.__dict__.update(forms[type(module).__name__].attributes(path, module))
-    module.__class__ = target
-    full = _full_sizes(module)
-    axes = {name: ElasticAxis(specs.get(name), size) for name, size in full.items()}
+    module.__class__ = target  # before its axes: a form may keep its sizes in its own way
+    axes = _axes(module, specs)
     elastic: Any = module
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         elastic.make_elastic(**axes)
     else:
         elastic.make_elastic(grad_mode, **axes)
+
+
+def _axes(module: torch.nn.Module, specs: Mapping[str, AxisSpec]) -> dict[str, ElasticAxis]:
+    if isinstance(module, torch.nn.Conv2d):
+        return conv_axes(module, specs)
+    return {n: ElasticAxis(specs.get(n), size) for n, size in _full_sizes(module).items()}
 
 
 def _full_sizes(module: torch.nn.Module) -> dict[str, int]:
@@ -213,6 +229,10 @@ def _full_sizes(module: torch.nn.Module) -> dict[str, int]:
         return {"features": module.embedding_dim}
     if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
         return {"depth": len(module)}
+    if isinstance(module, torch.nn.GroupNorm):
+        return {"features": module.num_channels}
+    if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+        return {"features": module.num_features}
     return {"features": nn.layers.one_axis(module)}
 
 
@@ -236,19 +256,19 @@ def _check_complete(model: torch.nn.Module, table: Architecture) -> None:
 
 def _check_shared(model: torch.nn.Module) -> None:
     """A parameter that two modules share is cut the same way by both."""
-    seen: dict[int, tuple[str, tuple[AxisSpec, ...]]] = {}
+    seen: dict[int, tuple[str, tuple[Any, ...]]] = {}
     for path, module in model.named_modules():
-        axes = getattr(module, "axes", None)
-        if not isinstance(axes, dict):
-            continue
         weight = module._parameters.get("weight")
-        if weight is None or weight.dim() != 2:
+        if not isinstance(module, ElasticModule) or weight is None or weight.dim() not in (2, 4):
             continue
-        rows = axes.get("out")
+        axes = module.axes
+        rows, taps = axes.get("out"), axes.get("kernel_size")
         cols = axes.get("in") or axes["features"]
         cut = tuple(
-            (axis.dimension, axis.multiple_of) if axis is not None and axis.dimension else None
-            for axis in (rows, cols)
+            (axis.dimension, axis.sizes or axis.multiple_of)
+            if axis is not None and axis.dimension
+            else None
+            for axis in (rows, cols, taps)
         )
         other, first = seen.setdefault(id(weight), (path, cut))
         if first != cut:

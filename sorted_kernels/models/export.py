@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sorted_kernels.models.architectures import architecture_of
-from sorted_kernels.models.configured import build_smaller
+from sorted_kernels.models.configured import build_smaller, refuse_saving
 from sorted_kernels.models.elasticize import ARCHITECTURE, PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
 from sorted_kernels.nn.axis import forget_attributes
+from sorted_kernels.nn.batch_norm import BatchNorm
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.nn.parameters import detach_parts, parts_of
@@ -42,7 +44,9 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
     table = architecture_of(model) if ARCHITECTURE in model.__dict__ else None
     if table is not None and table.configuration is not None:
         with active(model, submodel):
-            return build_smaller(model, table, submodel)
+            smaller = build_smaller(model, table, submodel)
+        if smaller is not None:
+            return smaller
     with active(model, submodel):
         memo: dict[int, Any] = {}
         shared: dict[tuple[int, torch.Size], torch.nn.Parameter] = {}
@@ -63,6 +67,9 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
             for mark in (DECLARED, ARCHITECTURE):
                 module.__dict__.pop(mark, None)
     forget_plan(exported)
+    if table is not None and table.configuration is not None:
+        described = f"{type(model.config).__name__} cannot say {submodel}"
+        exported.__dict__["save_pretrained"] = functools.partial(refuse_saving, described)
     return exported
 
 
@@ -71,9 +78,9 @@ def _plain_layer(
     shared: dict[tuple[int, torch.Size], torch.nn.Parameter],
     memo: dict[int, Any],
 ) -> torch.nn.Module:
-    layer = module.plain()
+    layer, sources = module.plain(), module.sources()
     for name, param in list(layer._parameters.items()):
-        source = getattr(module, name)
+        source = sources.get(name)
         if param is not None and source is not None:
             kept = shared.setdefault((id(source), param.shape), param)
             setattr(layer, name, kept)
@@ -93,6 +100,8 @@ def active_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
         inner = current.children()
         if isinstance(current, DepthContainer):
             inner = iter(current.active_blocks())
+        elif isinstance(current, BatchNorm):  # inside are the sets of all sub-models
+            inner = iter(())
         for child in inner:
             visit(child)
 
@@ -105,10 +114,13 @@ def count_parameters(model: torch.nn.Module, submodel: Submodel) -> int:
     counts: dict[int, int] = {}
     with active(model, submodel):
         for module in active_modules(model):
-            shapes = module.active_shapes() if isinstance(module, ElasticModule) else {}
+            shapes: dict[str, tuple[int, ...]] = {}
+            tensors: Mapping[str, Tensor | None] = module._parameters
+            if isinstance(module, ElasticModule):
+                shapes, tensors = module.active_shapes(), module.sources()
             parts = parts_of(module)
-            for name, param in module._parameters.items():
-                if param is None:
+            for name, param in tensors.items():
+                if not isinstance(param, torch.nn.Parameter):
                     continue
                 if parts is not None and name in parts.parts:
                     counts[id(param)] = parts.view(name, param).numel()

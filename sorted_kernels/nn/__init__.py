@@ -2,14 +2,27 @@
 
 from sorted_kernels.nn.activation import activate, active, current, depth_lists, dimensions
 from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.nn.batch_norm import BatchNorm1d, BatchNorm2d
+from sorted_kernels.nn.batch_norm_policy import (
+    forget_recalibrated,
+    recalibrated,
+    set_batch_norm_policy,
+)
+from sorted_kernels.nn.conv import Conv2d
 from sorted_kernels.nn.conv1d import Conv1D
+from sorted_kernels.nn.group_norm import GroupNorm, InstanceNorm2d
 from sorted_kernels.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
 from sorted_kernels.nn.module_list import ModuleList, Sequential
 
 __all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
     "Conv1D",
+    "Conv2d",
     "ElasticAxis",
     "Embedding",
+    "GroupNorm",
+    "InstanceNorm2d",
     "LayerNorm",
     "Linear",
     "ModuleList",
@@ -20,4 +33,7 @@ __all__ = [
     "current",
     "depth_lists",
     "dimensions",
+    "forget_recalibrated",
+    "recalibrated",
+    "set_batch_norm_policy",
 ]

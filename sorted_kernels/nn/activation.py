@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sorted_kernels.errors import DimensionError
-from sorted_kernels.nn.axis import ElasticAxis
+from sorted_kernels.nn.axis import ElasticAxis, Following
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.submodel import Submodel
 
@@ -38,12 +38,16 @@ class Plan:
         named: dict[str, list[tuple[str, ElasticAxis]]] = {}
         declared: dict[str, int] = {}
         self.lists: dict[str, DepthContainer] = {}
+        self.following: list[Following] = []
         self._places: dict[str, list[tuple[str, int] | None]] = {}
         """For each axis of a dimension, the list of elastic depth and the block that it is in."""
         for path, module in model.named_modules():
             axes = getattr(module, "axes", None)
             if _is_elastic_list(module):
                 self.lists[path] = module  # type: ignore[assignment]
+            follower = module.__dict__.get("following")
+            if isinstance(follower, Following):
+                self.following.append(follower)
             for name, axis in axes.items() if isinstance(axes, dict) else ():
                 if axis.dimension is not None:
                     label = f"{path}.{name}" if path else name
@@ -61,8 +65,13 @@ class Plan:
                      for name, pairs in named.items()}  # fmt: skip
         self.current = Submodel(**self._counts_now()) if self.full else None
         self._settings: dict[Submodel, dict[str, Setting]] = {}
+        self._keys: dict[Submodel, str] = {}
         self._by_size: dict[tuple[str, Any], Setting] = {}
         self._applied: dict[str, Setting] = {}
+
+    def places(self, name: str) -> list[tuple[str, int] | None]:
+        """For each axis of a dimension, its list of elastic depth and its block there."""
+        return self._places[name]
 
     def _counts_now(self) -> dict[str, int]:
         """The count of each dimension that its axes show: not full where a part was activated."""
@@ -95,6 +104,10 @@ class Plan:
                 for axis, size, probe in setting:
                     axis.active = size
                     axis.probe = probe
+        if self.following:
+            key = self._keys[submodel]
+            for follower in self.following:
+                follower.key = key
         self.current = submodel
         self._applied = _last_applied = settings
 
@@ -108,6 +121,7 @@ class Plan:
                 raise DimensionError(f"{name}={size} is not in 1..{self.full[name]}")
             if isinstance(size, tuple):
                 self._check_blocks(name, size, submodel)
+        self._keys[submodel] = Following.key_of(submodel, self.full)
         return {
             name: self._setting(name, submodel.get(name, full)) for name, full in self.full.items()
         }

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from sorted_kernels.errors import OptionError, ShapeError
 from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
 from sorted_kernels.ops.blocks import BlockCache, Blocks
+from sorted_kernels.ops.checks import active_block
 from sorted_kernels.ops.embedding import embedding_of_rows, run_embedding
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 from sorted_kernels.ops.layer_norm import check_norm, layer_norm_on_blocks, run_layer_norm
@@ -41,6 +42,20 @@ def _silu_hook(_module: Any, _args: Any, y: Tensor) -> Tensor:
 
 
 _ACTIVATION_HOOKS = {"relu": _relu_hook, "gelu": _gelu_hook, "silu": _silu_hook}
+
+
+def check_activation(activation: str | None) -> str:
+    """The name of a fused activation."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise OptionError(f"activation={activation!r}; allowed are {', '.join(ACTIVATIONS)}")
+    return activation or "none"
+
+
+def with_activation(layer: torch.nn.Module, activation: str) -> torch.nn.Module:
+    """A plain layer that applies an activation to its output, as a fused one does."""
+    if activation != "none":
+        layer.register_forward_hook(_ACTIVATION_HOOKS[activation])
+    return layer
 
 
 class ElasticModule(torch.nn.Module):
@@ -124,23 +139,28 @@ class ElasticModule(torch.nn.Module):
         """The ``torch.nn`` module of the active size, on the meta device."""
         raise NotImplementedError
 
+    def sources(self) -> dict[str, Tensor]:
+        """The parameters and buffers whose blocks the active sub-model uses."""
+        found = {name: getattr(self, name) for name in self.active_shapes()}
+        return {name: source for name, source in found.items() if source is not None}
+
     def active_view(self, name: str, tensor: Tensor) -> Tensor:
         """What the active block of a parameter is of a tensor of its shape, as a view."""
-        return tensor[tuple(slice(size) for size in self.active_shapes()[name])]
+        return active_block(tensor, self.active_shapes()[name])
 
     def active_block(self, name: str) -> Tensor:
-        """A contiguous copy of the active block of a parameter."""
-        block = self.active_view(name, getattr(self, name).detach())
+        """A contiguous copy of the active block of a parameter or buffer."""
+        block = self.active_view(name, self.sources()[name].detach())
         return block.clone(memory_format=torch.contiguous_format)
 
     def plain(self) -> torch.nn.Module:
         """A stand-alone ``torch.nn`` module of the active size with contiguous copies."""
         layer = self.stock()
-        for name in self.active_shapes():
-            source = getattr(self, name)
-            if source is not None:
-                copied = torch.nn.Parameter(self.active_block(name), source.requires_grad)
-                setattr(layer, name, copied)
+        for name, source in self.sources().items():
+            copied = self.active_block(name)
+            if name not in layer._buffers:
+                copied = torch.nn.Parameter(copied, source.requires_grad)
+            setattr(layer, name, copied)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -187,9 +207,7 @@ class Linear(ElasticModule, torch.nn.Linear):
         grad_mode: str = "inplace",
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if activation is not None and activation not in ACTIVATIONS:
-            raise OptionError(f"activation={activation!r}; allowed are {', '.join(ACTIVATIONS)}")
-        self.activation = activation or "none"
+        self.activation = check_activation(activation)
         axes = {"in": ElasticAxis(in_dim, in_features), "out": ElasticAxis(out_dim, out_features)}
         self.make_elastic(grad_mode, **axes)
 
@@ -228,9 +246,7 @@ class Linear(ElasticModule, torch.nn.Linear):
         layer = torch.nn.Linear(
             self.in_axis.active, self.out_axis.active, self.bias is not None, device="meta"
         )
-        if self.activation != "none":
-            layer.register_forward_hook(_ACTIVATION_HOOKS[self.activation])
-        return layer
+        return with_activation(layer, self.activation)
 
 
 class LayerNorm(ElasticModule, torch.nn.LayerNorm):
@@ -408,9 +424,9 @@ class Embedding(ElasticModule, torch.nn.Embedding):
         )
 
 
-def check_width(x: Tensor, axis: ElasticAxis, layer: str) -> None:
-    """The input's width is the active one: a model whose axes disagree is found at once."""
-    if x.dim() < 1 or x.shape[-1] != axis.size():
+def check_width(x: Tensor, axis: ElasticAxis, layer: str, at: int = -1) -> None:
+    """The input's width, its axis ``at``, is the active one: axes that disagree are found."""
+    if x.dim() < max(-at, at + 1) or x.shape[at] != axis.size():
         raise ShapeError(
             f"{layer} got x of shape {tuple(x.shape)}; its active input width is "
             f"{axis.active} of {axis.full}"

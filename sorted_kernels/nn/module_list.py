@@ -36,8 +36,8 @@ class DepthContainer(torch.nn.Module):
 
     def _fit_axis(self) -> None:
         """Make the depth axis as long as the list."""
-        shortest = self.depth_dim[1] if isinstance(self.depth_dim, tuple) else 1
-        if len(self._modules) < shortest:
+        step = self.depth_dim[1] if isinstance(self.depth_dim, tuple) else 1
+        if isinstance(step, int) and len(self._modules) < step:
             self.depth_axis = None
         else:
             self.depth_axis = ElasticAxis(self.depth_dim, len(self._modules))

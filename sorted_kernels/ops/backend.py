@@ -23,7 +23,7 @@ from sorted_kernels.ops.dispatch import (
 )
 from sorted_kernels.ops.promotion import promoted
 
-OPS = ("linear", "layer_norm", "rms_norm", "embedding")
+OPS = ("linear", "layer_norm", "rms_norm", "embedding", "conv2d", "batch_norm", "group_norm")
 
 
 def has_triton() -> bool:

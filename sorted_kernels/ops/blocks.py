@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sorted_kernels.ops import backend
+from sorted_kernels.ops.checks import active_block
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
@@ -37,8 +38,8 @@ class Blocks:
     """The leading blocks of a layer's weight and bias, as views that autograd does not see.
 
     Attributes:
-        sizes: (m, k), or (k,) of a norm.
-        weight: ``weight[:m, :k]``, or None as in the layer.
+        sizes: (m, k), or (k,) of a norm, or (m, k, kernel height, kernel width).
+        weight: ``weight[:m, :k]`` (the kernel's centre), or None as in the layer.
         bias: ``bias[:m]``, or None.
         train: Whether one of the parameters trains.
         weight_slot: Where the weight's gradient lands; None where it is frozen.
@@ -92,10 +93,7 @@ def _slot(param: Tensor | None) -> GradientSlot | None:
 
 
 def _block(param: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
-    if param is None:
-        return None
-    block = param.detach()
-    return block[: sizes[0], : sizes[1]] if len(sizes) > 1 else block[: sizes[0]]
+    return None if param is None else active_block(param.detach(), sizes)
 
 
 class BlockCache(dict[tuple[int, ...], Blocks]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -73,11 +75,31 @@ def check_affine(x: Tensor, param: Tensor | None, name: str) -> None:
 
 
 def embed_prefix(prefix: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of ``shape`` that is zero outside its leading block; differentiable."""
+    """A tensor of ``shape`` that is zero outside its leading block; differentiable.
+
+    Axes beyond the second, a kernel's taps, are embedded in their centre.
+    """
     pads: list[int] = []
-    for have, want in zip(reversed(prefix.shape), reversed(shape), strict=True):
-        pads += [0, want - have]
+    for axis in reversed(range(prefix.dim())):
+        missing = shape[axis] - prefix.shape[axis]
+        before = missing // 2 if axis > 1 else 0
+        pads += [before, missing - before]
     return torch.nn.functional.pad(prefix, pads)
+
+
+def active_block(param: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The leading block of a parameter, and the centre of its taps if it has any; a view."""
+    block = param[: sizes[0]] if sizes else param  # a count has no axis
+    if len(sizes) > 1:
+        block = block[:, : sizes[1]]
+    return centre(block, sizes[2:]) if len(sizes) > 2 else block
+
+
+def centre(block: Tensor, taps: Sequence[int]) -> Tensor:
+    """The view of a block (M, K, KH, KW) that has only the ``taps`` around its kernel's centre."""
+    (height, width), (kh, kw) = block.shape[2:], taps
+    top, left = (height - kh) // 2, (width - kw) // 2
+    return block[:, :, top : top + kh, left : left + kw]
 
 
 def autocast_wide(x: Tensor, weight: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import StrideError
+from sorted_kernels.ops.checks import centre
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.staircase import Staircase
 
@@ -44,7 +45,8 @@ class GradientSlot:
     """The gradient buffer and staircase of one leaf parameter.
 
     Args:
-        param: (M, K, ...) or (M,); trailing axes are always covered whole.
+        param: (M, K, ...) or (M,). The staircase covers trailing axes whole: where a convolution
+            writes the centre of its kernel, the ring around it counts as covered, and is zero.
         matrix: Rows and columns of the matrix that the parameter's elements are taken for, one
             after the other, where its active part is no leading block of its own axes. Of three
             (K, M) projections that lie side by side in a (K, 3 M) parameter, the leading (k, m)
@@ -103,18 +105,32 @@ class GradientSlot:
         if self.buffer is not None:
             self._adopt(self.buffer)
 
-    def prefix(self, m: int, k: int = 1) -> tuple[Tensor, bool]:
+    def prefix(
+        self, m: int, k: int = 1, taps: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, bool]:
         """The view ``grad[:m, :k]`` to write, recorded in the staircase.
+
+        Args:
+            m: Rows.
+            k: Columns.
+            taps: Sizes of the trailing axes, of which the centre is meant; all when not given.
 
         Returns:
             The view, and whether to add to it (True) or to overwrite it (False).
         """
         accumulate = self.record(m, k)
-        return self.block(m, k), accumulate
+        view = self.block(m, k)
+        if taps is None or view.shape[2:] == taps:
+            return view, accumulate
+        if not accumulate:  # what an earlier step left around the centre is covered, too
+            view.zero_()
+        return centre(view, taps), accumulate
 
     def add(self, gradient: Tensor) -> None:
-        """Add a gradient of the prefix's shape."""
-        view, accumulate = self.prefix(*gradient.shape)
+        """Add a gradient of the prefix's shape (trailing axes: of their centre)."""
+        shape = gradient.shape
+        cols = shape[1] if len(shape) > 1 else 1
+        view, accumulate = self.prefix(shape[0], cols, shape[2:] or None)
         if accumulate:
             view.add_(gradient)
         else:
@@ -149,7 +165,8 @@ class GradientSlot:
             staircase.corners = [(m, k)]
             return False
         if grad is not self.buffer:  # somebody else's tensor: what it holds is unknown, so all
-            if grad.stride(-1) != 1 or (self.matrix is not None and not grad.is_contiguous()):
+            inner = grad.stride(-1) == 1 or grad.shape[-1] == 1
+            if not inner or (self.matrix is not None and not grad.is_contiguous()):
                 raise StrideError(
                     f"param.grad has strides {grad.stride()}; gradients are written in place, "
                     "which needs a unit inner stride (and packed ones to be contiguous)"

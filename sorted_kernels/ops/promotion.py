@@ -27,6 +27,20 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "layer_norm": (*_TRITON, "triton/layer_norm.py", "triton/norm.py", "triton/column_sum.py"),
     "rms_norm": (*_TRITON, "triton/rms_norm.py", "triton/norm.py", "triton/column_sum.py"),
+    "batch_norm": (
+        *_TRITON, "triton/batch_norm.py", "triton/channels.py", "triton/channel_sums.py",
+        "triton/column_sum.py",
+    ),
+    "group_norm": (
+        *_TRITON, "triton/group_norm.py", "triton/channels.py", "triton/channel_sums.py",
+        "triton/column_sum.py",
+    ),
+    "conv2d": (
+        *_TRITON, "triton/conv2d.py", "triton/conv_gemm.py", "triton/conv_wgrad.py",
+        "triton/conv_taps.py", "triton/conv_config.py", "triton/depthwise.py",
+        "triton/channel_sum.py", "triton/column_sum.py", "triton/epilogue.py", "triton/gemm.py",
+        "triton/gemm_config.py", "triton/gemm_launch.py", "triton/autotune.py",
+    ),
     "embedding": (*_TRITON, "triton/embedding.py"),
     "cuda_linear": (
         "cuda/gemm.py", "cuda/linear.py", "csrc/kernels/gemm_sm90.cu",

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError, ShapeError
+from sorted_kernels.ops.backend import linear_implementation
 from sorted_kernels.ops.checks import (
     autocast,
     check_count,
@@ -24,6 +26,7 @@ from sorted_kernels.ops.checks import (
 )
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, lands
 from sorted_kernels.ops.linear import _dgrad, _linear, _wgrad_into
+from sorted_kernels.reference import linear as reference
 
 
 class _TransposedLinear(Function):
@@ -75,12 +78,28 @@ def _part(weight: Tensor, part: int, parts: int) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, m: int, parts: int) -> Tensor:
-    run = torch.ops.sorted_kernels.linear_dgrad if is_compiling() else _dgrad
-    outputs = [run(x, _part(weight, part, parts), m) for part in range(parts)]
-    if bias is not None:
-        for part, y in enumerate(outputs):
-            y += _part(bias, part, parts)[:m].to(y.dtype)
+    outputs = [
+        _product(
+            x, _part(weight, part, parts), None if bias is None else _part(bias, part, parts), m
+        )
+        for part in range(parts)
+    ]
     return outputs[0] if parts == 1 else torch.cat(outputs, -1)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, m: int) -> Tensor:
+    """``x @ weight[:k, :m] + bias[:m]``, rounded once where PyTorch does it."""
+    k = x.shape[-1]
+    if bias is not None and (is_compiling() or _in_plain_torch(x, weight, m)):
+        block, shift = weight[:k, :m].to(x.dtype), bias[:m].to(x.dtype)
+        return torch.addmm(shift, x.reshape(-1, k), block).view(*x.shape[:-1], m)
+    run = torch.ops.sorted_kernels.linear_dgrad if is_compiling() else _dgrad
+    y = run(x, weight, m)
+    return y if bias is None else y.add_(bias[:m])
+
+
+def _in_plain_torch(x: Tensor, weight: Tensor, m: int) -> bool:
+    return linear_implementation("dgrad", (x, weight), x.shape[-1], m) is reference
 
 
 def _dx(dy: Tensor, weight: Tensor, k: int, part: int, parts: int) -> Tensor:
@@ -165,8 +184,9 @@ def _differentiable(
     k = x.shape[-1]
     outputs = []
     for part in range(parts):
-        y = x @ _part(weight, part, parts)[:k, :m].to(x.dtype)
-        outputs.append(y if bias is None else y + _part(bias, part, parts)[:m].to(x.dtype))
+        block = _part(weight, part, parts)[:k, :m].to(x.dtype)
+        shift = None if bias is None else _part(bias, part, parts)[:m].to(x.dtype)
+        outputs.append(F.linear(x, block.t(), shift))
     y = outputs[0] if parts == 1 else torch.cat(outputs, -1)
     if y.requires_grad and not is_compiling():
 

@@ -20,8 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sorted_kernels.errors import CheckpointError, require
+from sorted_kernels.errors import CheckpointError, ShapeError, require
 from sorted_kernels.nn.activation import dimensions
+from sorted_kernels.nn.batch_norm_policy import (
+    adopt_recalibrated,
+    describe_policy,
+    is_recalibrated,
+    recalibrated_in,
+)
 from sorted_kernels.training import random_state
 from sorted_kernels.training.serialize import Encoder, decode
 
@@ -95,7 +101,10 @@ def save_checkpoint(
     if optimizer is not None:
         parts["optimizer"]["shapes"] = _group_shapes(optimizer)
     state = {name: encoder.encode(parts[name], name) for name in _PARTS}
-    head = {"format": FORMAT, "version": VERSION, "step": step, "dimensions": dimensions(model)}
+    head = {
+        "format": FORMAT, "version": VERSION, "step": step, "dimensions": dimensions(model),
+        "batch_norm": describe_policy(model),
+    }  # fmt: skip
     try:
         _write(directory, target, encoder.tensors, {**head, **state})
         _prune(directory, keep)
@@ -118,7 +127,8 @@ def load_checkpoint(
 
     Args:
         path: A checkpoint, or a directory of them (the latest is taken).
-        model: Model of the same names, shapes, dtypes and dimensions.
+        model: Model of the same names, shapes, dtypes, dimensions and batch-norm policy. Sub-models
+            have recalibrated statistics afterwards if they have some in the checkpoint.
         optimizer: Optimizer of the same class over the same parameters.
         scheduler: Scheduler of the same class.
         objective: Objective of the same class.
@@ -148,6 +158,7 @@ def load_checkpoint(
         scheduler.load_state_dict(scheduler_state)
     if objective_state is not None:
         objective.load_state_dict(objective_state)
+    adopt_recalibrated(model, state["model"])
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(state["model"][name])
@@ -276,13 +287,27 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_model(model: nn.Module, state: dict[str, Any], where: Path) -> None:
-    """See that dimensions, names, shapes and dtypes are the model's."""
+    """See that dimensions, batch-norm policy, names, shapes and dtypes are the model's."""
     if state["dimensions"] != dimensions(model):
         raise CheckpointError(
             f"{where}: the checkpoint's model has dimensions {state['dimensions']}, "
             f"this one {dimensions(model)}"
         )
-    own, saved = model.state_dict(), state["model"]
+    policy = state.get("batch_norm", {})
+    if policy != describe_policy(model):
+        raise CheckpointError(
+            f"{where}: the checkpoint's batch norms have sets for {policy or 'no channel counts'}, "
+            f"this model's for {describe_policy(model) or 'none'}; give it the same policy with "
+            "sk.nn.set_batch_norm_policy"
+        )
+    try:
+        recalibrated_in(model, state["model"])
+    except ShapeError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    own, saved = (
+        {name: tensor for name, tensor in tensors.items() if not is_recalibrated(name)}
+        for tensors in (model.state_dict(), state["model"])
+    )
     if own.keys() != saved.keys():
         raise CheckpointError(
             f"{where} is of another model: it lacks {_few(own.keys() - saved.keys())} "

@@ -145,8 +145,17 @@ def enabled(device: torch.device) -> bool:
     return device.type == "cuda" and _wanted() and not torch.cuda.is_current_stream_capturing()
 
 
-def tuned(shape: GemmShape, like: Tensor, run: Callable[[GemmConfig], object]) -> GemmConfig:
-    """The measured tiling of a shape for an operand's device; see :class:`Tuner`."""
+def tuned(
+    shape: GemmShape,
+    like: Tensor,
+    run: Callable[[GemmConfig], object],
+    candidates: Sequence[GemmConfig] = (),
+) -> GemmConfig:
+    """The measured tiling of a shape for an operand's device; see :class:`Tuner`.
+
+    Without candidates of its own, a shape has those of a plain product.
+    """
     limits = device_limits(like.device)
-    candidates = supported_configs(size_bucket(shape.rows), like.dtype, limits, shape.aligned)
+    if not candidates:
+        candidates = supported_configs(size_bucket(shape.rows), like.dtype, limits, shape.aligned)
     return _tuner(like.device.index).config(shape, candidates, run)

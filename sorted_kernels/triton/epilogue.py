@@ -1,4 +1,4 @@
-"""Device functions of a linear's epilogue: bias, activation, and what a row does not have."""
+"""Device functions of the epilogue: bias, activation, and what a ragged row does not have."""
 
 from __future__ import annotations
 
@@ -22,6 +22,25 @@ def _activation(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def store_both(z, y_ptr, z_ptr, offsets, mask, ACTIVATION: tl.constexpr):
+    """Store a tile z at ``z_ptr``, if given, and what the activation makes of it at ``y_ptr``."""
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, narrow(z, z_ptr), mask=mask)
+    tl.store(y_ptr + offsets, narrow(_activation(z, ACTIVATION), y_ptr), mask=mask)
+
+
+@triton.jit
+def halves(z):
+    """The left and the right half of a tile.
+
+    An epilogue of half a tile at a time takes fewer registers: erf and a second output would not
+    fit beside a whole one.
+    """
+    half: tl.constexpr = z.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, half)), (0, 2, 1)))
+
+
+@triton.jit
 def _store_activated(
     z, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION: tl.constexpr
 ):
@@ -37,9 +56,7 @@ def _store_activated(
         widths = tl.load(widths_ptr + i, mask=i < n_rows, other=0)
         z = tl.where(j[None, :] < widths[:, None], z, 0.0)  # all activations keep 0
     offsets, mask = output_tile(m, row, col, n_rows, m, z.shape[0], z.shape[1])
-    if z_ptr is not None:
-        tl.store(z_ptr + offsets, narrow(z, z_ptr), mask=mask)
-    tl.store(y_ptr + offsets, narrow(_activation(z, ACTIVATION), y_ptr), mask=mask)
+    store_both(z, y_ptr, z_ptr, offsets, mask, ACTIVATION)
 
 
 @triton.jit
@@ -47,10 +64,7 @@ def store_activated(
     z, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION: tl.constexpr
 ):
     """Store a whole tile z; see :func:`_store_activated`."""
-    # Half a tile at a time: erf and a second output would not fit the registers beside a whole one.
-    half: tl.constexpr = z.shape[1] // 2
-    left, right = tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, half)), (0, 2, 1)))
+    left, right = halves(z)
     _store_activated(left, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION)
-    _store_activated(
-        right, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col + half, n_rows, m, ACTIVATION
-    )
+    col += left.shape[1]
+    _store_activated(right, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION)

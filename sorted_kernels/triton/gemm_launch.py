@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -16,6 +17,33 @@ from sorted_kernels.triton.launch import device_limits, launch
 def like_strided(out: Tensor) -> Tensor:
     """Memory of its own with an output's sizes and strides, to tune with."""
     return out.new_empty_strided(out.shape, out.stride())
+
+
+def launch_tiles(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple,
+    config: GemmConfig,
+    aligned: bool,
+    device: torch.device,
+    **meta: Any,
+) -> None:
+    """Launch a matrix kernel with the constants of a tiling."""
+    launch(
+        kernel,
+        grid,
+        *args,
+        device=device,
+        ALIGNED=aligned,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        PRECISION=config.input_precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **meta,
+    )
 
 
 def launch_gemm(
@@ -47,21 +75,8 @@ def launch_gemm(
         return
 
     def run(config: GemmConfig, args: tuple = args) -> None:
-        launch(
-            kernel,
-            (triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),),
-            *args,
-            device=like.device,
-            ALIGNED=aligned,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            PRECISION=config.input_precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **meta,
-        )
+        grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),)
+        launch_tiles(kernel, grid, args, config, aligned, like.device, **meta)
 
     if config is None and autotune.enabled(like.device):
         shape = autotune.GemmShape(

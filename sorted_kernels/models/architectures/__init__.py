@@ -1,6 +1,12 @@
 """Tables of the architectures that ``sk.elasticize`` knows, one file each."""
 
-from sorted_kernels.models.architectures import bert, gpt2, llama, vit  # noqa: F401  (register themselves)
+from sorted_kernels.models.architectures import (  # noqa: F401  (they register themselves)
+    bert,
+    gpt2,
+    llama,
+    mobilenet_v2,
+    vit,
+)
 from sorted_kernels.models.architectures.registry import (
     Architecture,
     Form,

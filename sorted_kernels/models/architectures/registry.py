@@ -35,9 +35,10 @@ class Architecture:
 
     name: str
     rules: Callable[[Any], Rules]
-    heads: Rules
+    heads: Callable[[Any], Rules]
     dimensions: Callable[[Any], Mapping[str, int]]
-    configuration: Callable[[Any, dict[str, int]], dict[str, Any]] | None
+    configuration: Callable[[Any, dict[str, int]], dict[str, Any] | None] | None
+    finish: Callable[[torch.nn.Module], None] | None = None
     forms: Mapping[str, Form] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
 
@@ -47,11 +48,12 @@ class Architecture:
         inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
         given = self.rules(_config(model))
         rules = {f"{inside}{pattern}": axes for pattern, axes in given.items()}
+        heads = self.heads(_config(model))
         modules = list(model.named_modules())
         owners = [(path, module) for path, module in modules if module._parameters]
         return {
             **{pattern: axes for pattern, axes in rules.items() if _matches(pattern, modules)},
-            **{pattern: axes for pattern, axes in self.heads.items() if _matches(pattern, owners)},
+            **{pattern: axes for pattern, axes in heads.items() if _matches(pattern, owners)},
         }
 
     def dimensions_of(self, model: torch.nn.Module) -> dict[str, int]:
@@ -65,9 +67,10 @@ _TABLES: dict[str, Architecture] = {}
 def register_architecture(
     *names: str,
     rules: Callable[[Any], Rules],
-    heads: Rules | None = None,
+    heads: Rules | Callable[[Any], Rules] | None = None,
     dimensions: Callable[[Any], Mapping[str, int]] | None = None,
-    configuration: Callable[[Any, dict[str, int]], dict[str, Any]] | None = None,
+    configuration: Callable[[Any, dict[str, int]], dict[str, Any] | None] | None = None,
+    finish: Callable[[torch.nn.Module], None] | None = None,
     forms: Mapping[str, Form] | None = None,
     fixed: tuple[str, ...] = (),
 ) -> None:
@@ -81,11 +84,14 @@ def register_architecture(
         rules: Gives rules as :func:`sk.elasticize <sorted_kernels.elasticize>` takes them. Paths
             start at the module that the model's ``base_model_prefix`` names, where there is one.
             One that matches nothing is passed over.
-        heads: More rules, with paths from the model itself, for modules with parameters.
+        heads: More rules, with paths from the model itself, for modules with parameters; or a
+            function that gives them.
         dimensions: Gives the full size of dimensions whose axes differ in size.
         configuration: Gives, from the configuration and the size of every dimension, the fields
-            that an exported sub-model has instead. Without it an exported model is a copy of the
-            model's modules, configuration and all.
+            that an exported sub-model has instead; None for a sub-model that no configuration
+            describes. That one's export, or any without this function, is a copy of the model's
+            modules, configuration and all; the former refuses ``save_pretrained``.
+        finish: Called with the model once its modules are elastic, to tie what rules cannot.
         forms: Elastic forms of module classes that are not of ``torch.nn``, by class name.
         fixed: Paths (with wildcards) of modules whose parameters never change in size. All others
             that have parameters must be met by a rule.
@@ -94,9 +100,10 @@ def register_architecture(
         _TABLES[name] = Architecture(
             name=name,
             rules=rules,
-            heads=heads or {},
+            heads=heads if callable(heads) else (lambda config: heads or {}),
             dimensions=dimensions or (lambda config: {}),
             configuration=configuration,
+            finish=finish,
             forms=forms or {},
             fixed=fixed,
         )
