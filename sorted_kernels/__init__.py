@@ -26,6 +26,7 @@ from sorted_kernels.ops import (
     instance_norm,
     layer_norm,
     linear,
+    linear_cross_entropy,
     rms_norm,
 )
 from sorted_kernels.row_widths import RowWidths
@@ -64,6 +65,7 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "models",
     "nn",
     "optim",

@@ -12,6 +12,7 @@ from sorted_kernels.nn.conv import Conv2d
 from sorted_kernels.nn.conv1d import Conv1D
 from sorted_kernels.nn.group_norm import GroupNorm, InstanceNorm2d
 from sorted_kernels.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
+from sorted_kernels.nn.linear_cross_entropy import LinearCrossEntropy
 from sorted_kernels.nn.module_list import ModuleList, Sequential
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "InstanceNorm2d",
     "LayerNorm",
     "Linear",
+    "LinearCrossEntropy",
     "ModuleList",
     "RMSNorm",
     "Sequential",

@@ -7,6 +7,7 @@ from sorted_kernels.ops.embedding import embedding
 from sorted_kernels.ops.group_norm import group_norm, instance_norm
 from sorted_kernels.ops.layer_norm import layer_norm
 from sorted_kernels.ops.linear import linear
+from sorted_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from sorted_kernels.ops.rms_norm import rms_norm
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
 ]

@@ -23,7 +23,10 @@ from sorted_kernels.ops.dispatch import (
 )
 from sorted_kernels.ops.promotion import promoted
 
-OPS = ("linear", "layer_norm", "rms_norm", "embedding", "conv2d", "batch_norm", "group_norm")
+OPS = (
+    "linear", "layer_norm", "rms_norm", "embedding", "conv2d", "batch_norm", "group_norm",
+    "linear_cross_entropy",
+)  # fmt: skip
 
 
 def has_triton() -> bool:

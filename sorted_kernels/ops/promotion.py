@@ -41,6 +41,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "triton/channel_sum.py", "triton/column_sum.py", "triton/epilogue.py", "triton/gemm.py",
         "triton/gemm_config.py", "triton/gemm_launch.py", "triton/autotune.py",
     ),
+    "linear_cross_entropy": (*_TRITON, "triton/linear_cross_entropy.py"),
     "embedding": (*_TRITON, "triton/embedding.py"),
     "cuda_linear": (
         "cuda/gemm.py", "cuda/linear.py", "csrc/kernels/gemm_sm90.cu",

@@ -48,7 +48,7 @@ class CausalLM:
     ) -> None:
         if not 0 <= distill <= 1:
             raise OptionError(f"distill is {distill!r}; allowed are 0 to 1")
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise OptionError(f"{type(model).__name__} has no head (get_output_embeddings)")
         self.loss = HeadLoss(head, label_smoothing, distill)
@@ -86,7 +86,7 @@ class HeadLoss:
         distill: See :class:`CausalLM`.
     """
 
-    def __init__(self, head: nn.Module, label_smoothing: float, distill: float) -> None:
+    def __init__(self, head: nn.Linear, label_smoothing: float, distill: float) -> None:
         self.head, self.distill = head, distill
         self.head_loss = LinearCrossEntropy(head, label_smoothing=label_smoothing)
 
@@ -105,7 +105,7 @@ class HeadLoss:
         return torch.cat([mixed, losses[-1:]])
 
 
-def soft_head_loss(head: nn.Module, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+def soft_head_loss(head: nn.Linear, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of one exit against another's probabilities, both under one head.
 
     Logits exist a chunk of rows at a time, and are computed again in the backward.
@@ -121,7 +121,7 @@ def soft_head_loss(head: nn.Module, hidden: Tensor, teacher: Tensor, targets: Te
     """
     counted = targets.reshape(-1) != IGNORED
     rows, soft = hidden.flatten(0, -2)[counted], teacher.flatten(0, -2)[counted]
-    size = max(1, _CHUNK_BYTES // (4 * head.weight.shape[0]))  # type: ignore[union-attr,operator]
+    size = max(1, _CHUNK_BYTES // (4 * head.weight.shape[0]))
 
     def chunk_loss(row: Tensor, soft_row: Tensor) -> Tensor:
         with torch.no_grad():

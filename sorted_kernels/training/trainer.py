@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` that trains sub-models. Imported by name, as it needs ``transformers``."""
+"""``transformers.Trainer`` that trains sub-models; imported by name, as it needs that package."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class SortedTrainer(transformers.Trainer):
             objectives do not do.
     """
 
+    objective: Objective
+    model: torch.nn.Module
+    optimizer: Any
+
     def __init__(self, *args: Any, objective: Objective, **options: Any) -> None:
         if not isinstance(objective, Objective):
             raise OptionError(f"objective is {objective!r}; allowed is one of sk.training")
@@ -58,7 +62,7 @@ class SortedTrainer(transformers.Trainer):
         if self.optimizer is None:
             decaying = set(self.get_decay_parameter_names(self.model))
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            groups = [
+            groups: list[dict[str, Any]] = [
                 {"params": [p for n, p in named if n in decaying]},
                 {"params": [p for n, p in named if n not in decaying], "weight_decay": 0.0},
             ]

@@ -1,0 +1,244 @@
+"""Cross-entropy of a linear head that never has the logits of more than a chunk of rows.
+
+Shapes: R rows, V words, k features; several exits under one head are rows like any other. Gradients
+need no more than the forward pass has: from the same chunk of logits come the losses and, in its
+place, the logits' gradient, which two products turn into the gradients of the rows and of the head
+(as in Liger Kernel's fused linear cross-entropy). So whoever knows the rows' upstream gradients
+beforehand has all gradients for three products; otherwise the logits are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""Largest chunk. On a GPU the weight's gradient must be read and written for every chunk, in a time
+that shall be short beside that of a chunk's products: a few thousand rows."""
+MIN_ROWS = 64
+
+
+class CrossEntropyStage(Protocol):
+    """What a back end does to a chunk of logits; see :func:`cross_entropy_`."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        scale: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        gradient: bool,
+    ) -> Tensor:
+        """Losses of a chunk (r, V)."""
+        ...
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What losses and sums are kept in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_of_chunk(rows: int, row_bytes: int, device_type: str) -> int:
+    """Rows of a chunk: as many as memory allows, but the same (one less at most) for all chunks."""
+    most = max(MIN_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // max(row_bytes, 1))
+    chunks = -(-rows // most)
+    return -(-rows // max(chunks, 1))
+
+
+def cross_entropy_(
+    logits: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    gradient: bool,
+) -> Tensor:
+    """Losses of a chunk, and in place of its logits their gradient.
+
+    Args:
+        logits: (r, V); left with anything at all unless ``gradient``.
+        target: (r,) integers.
+        scale: (r,) upstream gradients, or None for ones.
+        ignore_index: Rows with this target have no loss and no gradient.
+        label_smoothing: Share of the target's probability that all V words have in equal parts.
+        gradient: Whether to turn the logits into ``scale`` times the gradient of the losses.
+
+    Returns:
+        (r,) losses, float32 for half precision.
+    """
+    wide, words = wide_dtype(logits.dtype), logits.shape[1]
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0).long().unsqueeze(1)
+    log_p = logits if logits.dtype == wide else logits.to(wide)
+    if logits.device.type == "cpu":  # each row is read before it is written: no second chunk
+        torch.log_softmax(log_p, 1, out=log_p)
+    else:
+        log_p = torch.log_softmax(log_p, 1)
+    losses = log_p.gather(1, index).squeeze(1).neg_()
+    if label_smoothing:
+        losses = torch.lerp(losses, -log_p.mean(1), label_smoothing)
+    if gradient:
+        share = log_p.exp_()
+        if label_smoothing:
+            share.sub_(label_smoothing / words)
+        share.scatter_add_(1, index, share.new_full(index.shape, label_smoothing - 1))
+        if scale is not None or logits.device.type != "cpu":  # on the CPU no row is ignored
+            share.mul_(torch.where(kept, 1 if scale is None else scale, 0).to(wide).unsqueeze(1))
+        if share is not logits:
+            logits.copy_(share)
+    return torch.where(kept, losses, 0)
+
+
+class _Rows:
+    """The rows that have a target, a chunk at a time.
+
+    On the CPU ignored rows are left out. On a GPU one would have to wait for their number; there
+    they are computed, and have no loss and no gradient.
+    """
+
+    def __init__(self, target: Tensor, ignore_index: int) -> None:
+        self.picked: Tensor | None = None
+        self.count = target.shape[0]
+        if target.device.type == "cpu":
+            picked = (target != ignore_index).nonzero().squeeze(1)
+            if picked.shape[0] < self.count:
+                self.picked, self.count = picked, picked.shape[0]
+
+    def chunks(self, size: int) -> Iterator[slice | Tensor]:
+        """What picks the rows of each chunk."""
+        for start in range(0, self.count, max(size, 1)):
+            part = slice(start, min(start + size, self.count))
+            yield part if self.picked is None else self.picked[part]
+
+
+class _Sum:
+    """A gradient that chunks add to, in float32 whatever the dtype of its place."""
+
+    def __init__(self, out: Tensor, accumulate: bool) -> None:
+        self.out, self.accumulate = out, accumulate
+        narrow = out.dtype != wide_dtype(out.dtype)
+        self.total = torch.empty_like(out, dtype=torch.float32) if narrow else out
+        self.started = accumulate and not narrow
+
+    def add(self, value: Tensor) -> None:
+        """Add a gradient of the same shape."""
+        self.total.add_(value) if self.started else self.total.copy_(value)
+        self.started = True
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``."""
+        total = self.total
+        if a.dtype == total.dtype:
+            total.addmm_(a, b) if self.started else torch.mm(a, b, out=total)
+            self.started = True
+        elif not a.is_cuda:
+            self.add(a @ b)
+        else:  # half-precision operands, a float32 result: cuBLAS
+            beta = 1 if self.started else 0
+            torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+            self.started = True
+
+    def finish(self) -> None:
+        """Bring the sum to its place."""
+        if not self.started:
+            self.total.zero_()
+        if self.total is not self.out:
+            self.out.add_(self.total) if self.accumulate else self.out.copy_(self.total)
+
+
+class Gradients:
+    """The places that gradients are written to; what is not wanted is None.
+
+    Args:
+        hidden: (R, k), overwritten.
+        weight: (V, k), a view with unit inner stride, of any dtype.
+        bias: (V,).
+        accumulate: Whether to add to what ``weight`` and ``bias`` hold.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        accumulate: tuple[bool, bool] = (False, False),
+    ) -> None:
+        self.hidden = hidden
+        self.weight = None if weight is None else _Sum(weight, accumulate[0])
+        self.bias = None if bias is None else _Sum(bias, accumulate[1])
+
+    def add(self, rows: slice | Tensor, dz: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Add what a chunk's logit gradients dz (r, V) bring."""
+        if self.hidden is not None:
+            self.hidden[rows] = dz @ weight
+        if self.weight is not None:
+            self.weight.add_product(dz.t(), x)
+        if self.bias is not None:
+            self.bias.add(dz.sum(0, dtype=wide_dtype(dz.dtype)))
+
+    def finish(self) -> None:
+        """Bring all sums to their places."""
+        for total in (self.weight, self.bias):
+            if total is not None:
+                total.finish()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    gradients: Gradients | None,
+    *,
+    stage: CrossEntropyStage = cross_entropy_,
+    row_multiple: int = 1,
+) -> Tensor:
+    """Cross-entropy of each row under a head, and the gradients that are wanted.
+
+    Args:
+        hidden: (R, k).
+        weight: (V, K) parent, K at least k, unit inner stride.
+        bias: (V,) or None.
+        target: (R,) integers.
+        scale: (R,) upstream gradients of the losses, or None for ones.
+        ignore_index: Target of rows that do not count.
+        label_smoothing: From 0 to 1.
+        gradients: Where gradients go; None for the losses alone.
+        stage: What a back end does to a chunk of logits.
+        row_multiple: Logits are this many elements, or a multiple of them, from row to row.
+
+    Returns:
+        (R,) losses in float32 (float64 for float64), zero for ignored rows.
+    """
+    words, k = weight.shape[0], hidden.shape[1]
+    head, wide = weight[:, :k], wide_dtype(hidden.dtype)
+    losses = hidden.new_zeros(hidden.shape[0], dtype=wide)
+    if gradients is not None and gradients.hidden is not None:
+        gradients.hidden.zero_()  # of rows that are left out
+    width = -(-words // row_multiple) * row_multiple
+    row_bytes = width * (hidden.dtype.itemsize + (wide.itemsize if hidden.dtype != wide else 0))
+    rows = _Rows(target, ignore_index)
+    size = rows_of_chunk(rows.count, row_bytes, hidden.device.type)
+    buffer = hidden.new_empty(size, width)
+    for part in rows.chunks(size):
+        x, scaled_by = hidden[part], None if scale is None else scale[part]
+        z = buffer[: x.shape[0], :words]
+        if bias is None:
+            torch.mm(x, head.t(), out=z)
+        else:
+            torch.addmm(bias, x, head.t(), out=z)
+        losses[part] = stage(
+            z, target[part], scaled_by, ignore_index, label_smoothing, gradients is not None
+        )
+        if gradients is not None:
+            gradients.add(part, z, x, head)
+    if gradients is not None:
+        gradients.finish()
+    return losses
