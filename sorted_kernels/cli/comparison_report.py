@@ -27,7 +27,7 @@ _BUDGETS = {
     "steps": "equal optimizer steps",
     "passes": "equal forward/backward passes",
 }
-_COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#475569", "#be185d")
+_COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#0e7490", "#475569", "#be185d")
 
 
 @dataclass(frozen=True)
