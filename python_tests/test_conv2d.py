@@ -267,6 +267,11 @@ def test_first_and_second_derivatives(conv, form):
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    y = call(*inputs)
+    dy = torch.randn_like(y)
+    once = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    again = torch.autograd.grad(y, inputs, dy, create_graph=True)  # computed another way
+    torch.testing.assert_close(again, once)
 
 
 @some
