@@ -126,6 +126,26 @@ def test_layers_on_every_route(conv, route, form, monkeypatch):
 
 
 @some
+@in_place_routes
+def test_weights_in_channels_last_memory(conv, route, monkeypatch):
+    """As ``model.to(memory_format=torch.channels_last)`` leaves them; gradients lie alike."""
+    x, blocks = conv.input(torch.float32, "channels-last"), conv.blocks(torch.float32)
+    dy = conv.upstream(x)
+    layer = layer_with(conv, blocks, **take(monkeypatch, route))
+    run_layer(layer, x, dy)
+    layer.zero_grad()
+    layer.to(memory_format=torch.channels_last)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        layer.zero_grad()
+        assert_conv(conv, run_layer(layer, x, dy), x, blocks, dy, route)
+    assert layer.weight.grad.is_contiguous(memory_format=torch.channels_last)
+    parents = conv.parents(blocks)
+    parents["weight"] = parents["weight"].to(memory_format=torch.channels_last)
+    assert_conv(conv, outcome(conv.ours, x, parents, dy), x, blocks, dy)
+
+
+@some
 @forms
 def test_routes_agree_in_float64(conv, form, monkeypatch):
     x, blocks = conv.input(torch.float64, form), conv.blocks(torch.float64)
@@ -247,6 +267,11 @@ def test_first_and_second_derivatives(conv, form):
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    y = call(*inputs)
+    dy = torch.randn_like(y)
+    once = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    again = torch.autograd.grad(y, inputs, dy, create_graph=True)  # computed another way
+    torch.testing.assert_close(again, once)
 
 
 @some
@@ -394,7 +419,8 @@ def test_one_image_without_a_batch():
 
 
 @pytest.mark.parametrize("update", ["active", "whole"])
-def test_the_optimizers_move_the_block(update):
+@forms
+def test_the_optimizers_move_the_block(update, form):
     """As torch's AdamW moves the parameters of a stand-alone convolution of the active size."""
     conv = KINDS["odd"]
     x, blocks = conv.input(torch.float32), conv.blocks(torch.float32)
@@ -402,15 +428,18 @@ def test_the_optimizers_move_the_block(update):
     with torch.no_grad():
         for name, parent in conv.parents(blocks, 2.0).items():
             getattr(layer, name).copy_(parent)
+    layer.to(memory_format=FORMATS[form])
     before = {name: param.detach().clone() for name, param in layer.named_parameters()}
     plain = sk.export(layer, conv.submodel)
     ours = sk.optim.AdamW(layer.parameters(), 1e-2, update=update)
     theirs = torch.optim.AdamW(plain.parameters(), 1e-2)
-    for _ in range(3):
+    for turn in range(3):
         for module, optimizer in ((layer, ours), (plain, theirs)):
             optimizer.zero_grad()
             module(x).backward(dy)
             optimizer.step()
+        if turn == 1:  # states follow their parameter
+            layer.to(memory_format=torch.channels_last)
     for name, param in plain.named_parameters():
         found = getattr(layer, name).detach()
         torch.testing.assert_close(found[conv.part(name)], param, rtol=1e-4, atol=1e-5)

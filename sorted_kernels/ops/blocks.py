@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sorted_kernels.ops import backend
-from sorted_kernels.ops.checks import active_block
+from sorted_kernels.ops.checks import active_block, is_readable
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
@@ -128,7 +128,7 @@ def _is_plain(op: str, param: Tensor) -> bool:
     """Whether a parameter is an ordinary one that PyTorch itself computes with."""
     return (
         type(param) is torch.nn.Parameter
-        and param.stride(-1) == 1
+        and is_readable(param)
         and backend.in_plain_torch(op, param)
         and (not param.requires_grad or in_place_allowed(slot_of(param), param))
     )

@@ -30,6 +30,18 @@ def check_input(x: Tensor, name: str = "x") -> None:
         )
 
 
+def is_readable(param: Tensor) -> bool:
+    """Whether rows lie densely: a unit inner stride, or (a kernel's taps) channels-last memory."""
+    return (
+        param.stride(-1) == 1 or param.shape[-1] == 1 or (param.dim() == 4 and channels_last(param))
+    )
+
+
+def channels_last(param: Tensor) -> bool:
+    """Whether a stored kernel (M, K, KH, KW) lies as M, KH, KW, K, and only so."""
+    return param.is_contiguous(memory_format=torch.channels_last) and not param.is_contiguous()
+
+
 def check_parameter(param: Tensor, like: Tensor, name: str, dim: int) -> None:
     """A parent parameter: the rank, device and layout that an op reads in place."""
     if param.dim() != dim:
@@ -38,7 +50,7 @@ def check_parameter(param: Tensor, like: Tensor, name: str, dim: int) -> None:
         )
     if param.device != like.device:
         raise DeviceError(f"{name} is on {param.device}, the input on {like.device}")
-    if param.stride(-1) != 1 and param.shape[-1] > 1:
+    if not is_readable(param):
         raise StrideError(
             f"{name} has strides {param.stride()}; it is read in place, which needs a unit inner "
             "stride (pass a contiguous parent, not a transposed one)"

@@ -260,7 +260,8 @@ def conv2d(
 
     Args:
         x: (N, Ci, H, W) or (Ci, H, W). float32, bfloat16, float16 or float64.
-        weight: (M, K/groups, KH, KW) with unit inner stride, x's dtype; Ci is at most K.
+        weight: (M, K/groups, KH, KW) with unit inner stride or in channels-last memory, x's dtype;
+            Ci is at most K.
         bias: (M,) or None.
         out_channels: Co, a count from 1 to M; M when not given. With groups it follows from x.
         kernel_size: Active taps, one number or (height, width): the centre of the stored kernel, so
@@ -277,7 +278,7 @@ def conv2d(
     Raises:
         ShapeError: A size below 1 or above the weight's, part of a group, a kernel that is not a
             centre or reaches beyond x, or a wrong rank.
-        StrideError: ``weight`` has no unit inner stride.
+        StrideError: ``weight`` lies otherwise.
         DTypeError: An unsupported dtype, or two that differ outside autocast.
         DeviceError: Tensors on different devices.
         OptionError: An unknown activation or padding.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import StrideError
-from sorted_kernels.ops.checks import centre
+from sorted_kernels.ops.checks import centre, channels_last, is_readable
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.staircase import Staircase
 
@@ -160,13 +160,12 @@ class GradientSlot:
                         break
             else:
                 self._watch(param)
-                self._adopt(torch.zeros_like(param, memory_format=torch.contiguous_format))
+                self._adopt(_zeros_like(param))
             param.grad = self.buffer
             staircase.corners = [(m, k)]
             return False
         if grad is not self.buffer:  # somebody else's tensor: what it holds is unknown, so all
-            inner = grad.stride(-1) == 1 or grad.shape[-1] == 1
-            if not inner or (self.matrix is not None and not grad.is_contiguous()):
+            if not is_readable(grad) or (self.matrix is not None and not grad.is_contiguous()):
                 raise StrideError(
                     f"param.grad has strides {grad.stride()}; gradients are written in place, "
                     "which needs a unit inner stride (and packed ones to be contiguous)"
@@ -192,6 +191,7 @@ class GradientSlot:
             and self.buffer.data_ptr() == self.address
             and self.buffer.dtype is param.dtype
             and self.buffer.device == param.device
+            and (param.dim() < 4 or channels_last(self.buffer) is channels_last(param))
             and sys.getrefcount(self.buffer) <= 2
             and torch._C._storage_Use_Count(self.storage._cdata) <= 3 + len(self.blocks)
         )
@@ -281,6 +281,13 @@ class GradientSlot:
             self.staircase.cover_all()
         _clear_outside(self.raw, self.staircase, 0, 0)
         self.staircase.clear()
+
+
+def _zeros_like(param: Tensor) -> Tensor:
+    """Zeros in a parameter's memory format: optimizers walk through both alike."""
+    kept = param.dim() == 4 and channels_last(param)
+    form = torch.channels_last if kept else torch.contiguous_format
+    return torch.zeros_like(param, memory_format=form)
 
 
 def _clear_outside(buffer: Tensor | None, staircase: Staircase, m: int, k: int) -> None:

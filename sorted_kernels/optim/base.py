@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from sorted_kernels.errors import DTypeError, OptionError, StrideError
+from sorted_kernels.ops.checks import channels_last
 from sorted_kernels.ops.gradient import folded, slot_if_any, staircase_of, zero_gradient
 from sorted_kernels.staircase import Staircase
 
@@ -25,29 +26,39 @@ class Record:
     """What the optimizer keeps at hand of one parameter: its slot, and its tensors as a matrix."""
 
     __slots__ = (
-        "param", "matrix", "pointer", "kind", "reshaped", "whole", "inner", "state", "states",
-        "master", "slot",
+        "param", "matrix", "pointer", "kind", "reshaped", "whole", "inner", "taps", "state",
+        "states", "master", "slot",
     )  # fmt: skip
 
     def __init__(self, param: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> None:
         self.param, self.state, self.slot = param, state, slot_if_any(param)
         self.pointer = param.data_ptr()
         self.kind = sys.intern(f"{param.device} {param.dtype}")
-        self.matrix = as_matrix(param, param.detach())
+        self.taps = _taps_as_rows(param)
+        self.matrix = as_matrix(param, param.detach(), self.taps > 1)
         self.reshaped = self.matrix.shape != param.shape
         folds = self.slot is not None and self.slot.matrix is not None
         cols = self.matrix.shape[1] if folds else param.shape[1] if param.dim() > 1 else 1
-        self.whole = [(self.matrix.shape[0], cols)]
-        self.inner = 1 if folds else math.prod(param.shape[2:])
-        self.states = [as_matrix(param, state[name]) for name in names]
-        self.master = as_matrix(param, state["master"]) if "master" in state else None
+        self.whole = [(self.matrix.shape[0] // self.taps, cols)]
+        self.inner = 1 if folds else math.prod(param.shape[2:]) // self.taps
+        self.states = [as_matrix(param, state[name], self.taps > 1) for name in names]
+        master = state.get("master")
+        self.master = None if master is None else as_matrix(param, master, self.taps > 1)
 
 
-def as_matrix(param: Tensor, tensor: Tensor) -> Tensor:
+def _taps_as_rows(param: Tensor) -> int:
+    """Rows of the matrix to one of the parameter: a kernel's taps in channels-last memory."""
+    return math.prod(param.shape[2:]) if param.dim() == 4 and channels_last(param) else 1
+
+
+def as_matrix(param: Tensor, tensor: Tensor, taps_as_rows: bool = False) -> Tensor:
     """A tensor of a parameter's shape as the matrix that its staircase is of, as a view.
 
-    Axes beyond the second are joined to the columns; a scalar is a row of one.
+    Axes beyond the second are joined to the columns; a scalar is a row of one. In channels-last
+    memory they are joined to the rows, or columns would not be a prefix.
     """
+    if taps_as_rows:
+        return tensor.permute(0, 2, 3, 1).flatten(0, 2)
     tensor = folded(param, tensor)
     if tensor.dim() > 2:
         return tensor.flatten(1)
@@ -175,12 +186,12 @@ class StaircaseOptimizer(torch.optim.Optimizer):
             if record.kind is not kind or grad.dtype is not grad_dtype:
                 kind, grad_dtype = record.kind, grad.dtype
                 bucket = buckets.setdefault((kind, grad_dtype), Bucket())
-            index, begin, inner = len(bucket.records), 0, record.inner
+            index, begin, inner, taps = len(bucket.records), 0, record.inner, record.taps
             bucket.records.append(record)
-            bucket.grads.append(as_matrix(param, grad) if record.reshaped else grad)
+            bucket.grads.append(as_matrix(param, grad, taps > 1) if record.reshaped else grad)
             record.state["step"] += 1
             for rows, cols in corners if len(corners) == 1 else reversed(corners):
-                bucket.bands += (index, begin, rows, cols * inner)
+                bucket.bands += (index, begin * taps, rows * taps, cols * inner)
                 begin = rows
             if self.clear_grads and slot is not None:
                 slot.cleared()
@@ -194,9 +205,12 @@ class StaircaseOptimizer(torch.optim.Optimizer):
             if param.dtype in _HALF:
                 state["master"] = param.detach().to(torch.float32, copy=True)
         wide = torch.float32 if param.dtype in _HALF else param.dtype
+        form = torch.channels_last if _taps_as_rows(param) > 1 else _DENSE
         for name in names:
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=wide, memory_format=_DENSE)
+                state[name] = torch.zeros_like(param, dtype=wide, memory_format=form)
+        for name in {*names, "master"} & state.keys():  # were made when the parameter lay otherwise
+            state[name] = state[name].contiguous(memory_format=form)
         record = self._records[id(param)] = Record(param, state, names)
         return record
 
@@ -257,10 +271,11 @@ def _check(param: Tensor, grad: Tensor) -> None:
             f"a parameter has dtype {param.dtype}; allowed are float32, float64, bfloat16, float16"
         )
     transposed = param.dim() == 2 and param.stride(1) != 1 and param.shape[1] > 1
-    if transposed or (param.dim() > 2 and not param.is_contiguous()):
+    dense = param.is_contiguous() or _taps_as_rows(param) > 1
+    if transposed or (param.dim() > 2 and not dense):
         raise StrideError(
             f"a parameter has shape {tuple(param.shape)} and strides {param.stride()}; allowed are "
-            "two axes with a unit inner stride, or more that are contiguous"
+            "two axes with a unit inner stride, or more that are contiguous (or channels-last)"
         )
 
 
