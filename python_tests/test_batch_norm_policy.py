@@ -403,7 +403,7 @@ def test_compiled_models_use_the_same_statistics(kind):
     model, _ = prepared(kind)
     compiled = torch.compile(model.eval(), backend="aot_eager")
     x = torch.randn(5, 6)
-    for submodel in (*LISTED, *LISTED):
+    for submodel in (*LISTED[:2], LISTED[0]):
         with sk.active(model, submodel), torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x))
 

@@ -35,7 +35,7 @@ FIXED = {
     "flat": (40, 20, ()),
     "long-NCHW": (2, 3, (37, 31), False),
     "long-NHWC": (2, 5, (37, 11), True),
-    "odd": (2, 33, (7,)),
+    "odd": (2, 17, (7,)),
 }
 
 
@@ -243,7 +243,7 @@ def test_no_samples_and_no_affine_parameters():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter shows addresses")
-@pytest.mark.parametrize(("n", "c", "space"), [(1, 1, 2), (7, 63, 5), (3, 5, 50)])
+@pytest.mark.parametrize(("n", "c", "space"), [(1, 1, 2), (3, 17, 5), (3, 2, 50)])
 @pytest.mark.parametrize("name", ["batch_norm", "group_norm"])
 def test_addresses(monkeypatch, name, n, c, space):
     """Nothing outside x, and nothing past c in any parameter or gradient, is touched."""

@@ -70,6 +70,8 @@ def sizes_for_torch(x: Tensor) -> tuple[int, int, int]:
 
 def dense_for_torch(x: Tensor, like: Tensor | None = None) -> Tensor:
     """An activation, never a weight, in the layout that torch's kernels have (of ``like``)."""
+    if x.is_contiguous() and (like is None or like.is_contiguous()):
+        return x
     if x.device.type != "cpu":
         return dense(x, torch.contiguous_format)
     return dense(x, suggest_memory_format(x if like is None else like))
