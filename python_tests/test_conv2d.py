@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sorted_kernels as sk
+from sorted_kernels.ops.conv2d_ops import _is_linear
 from sorted_kernels.ops.gradient import staircase_of
+from sorted_kernels.reference.conv2d import Geometry
 from support.conv import FORMATS, KINDS, Conv, assert_zero_outside, pair
 from support.oracle import DTYPES, Outcome, assert_within_twice, outcome
 from support.poison import assert_same_bits, in_larger_buffer
@@ -458,3 +460,18 @@ def test_a_cropped_kernel_is_the_stored_one_with_zeros_around_its_centre(taps):
     around[centre] = layer.weight.detach()[centre]
     torch.testing.assert_close(layer(x), F.conv2d(x, around, layer.bias, 2, 3))
     assert pair(layer.stock().padding) == ((3 - (5 - taps) // 2),) * 2
+
+
+class OnCuda(torch.Tensor):
+    """Says that it is there."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("kernel", "linear"), [(1, True), (3, False)])
+def test_the_centre_of_a_larger_kernel_is_no_linear_weight(kernel, linear):
+    """Linear kernels read rows; the channels of a cropped kernel lie its taps apart."""
+    x = torch.empty(2, 4, 5, 5).to(memory_format=torch.channels_last).as_subclass(OnCuda)
+    weight = torch.empty(8, 6, kernel, kernel)
+    centre = weight[:8, :4, kernel // 2 : kernel // 2 + 1, kernel // 2 : kernel // 2 + 1]
+    assert _is_linear(x, centre, Geometry((1, 1), (0, 0), (1, 1), 1)) is linear

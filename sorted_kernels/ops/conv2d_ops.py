@@ -114,6 +114,7 @@ def _is_linear(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
     return (
         x.is_cuda
         and w.shape[2:] == (1, 1)
+        and (w.stride(1) == 1 or w.shape[1] == 1)  # not the centre of a larger kernel
         and geometry.visits_each_pixel
         and is_channels_last(x)
         and x.permute(0, 2, 3, 1).is_contiguous()
