@@ -99,7 +99,7 @@ def products(kind, runs, x, dy, block, bias, begun):
     return z * y, dx, torch.addmm(begun.to(kind), dy.T, x)
 
 
-def check(runs, activation, accumulate):
+def check(module, runs, activation, accumulate):
     """All products of one batch against float64; twice, with the same bits."""
     n, m, k = ragged.largest(runs)
     x, dy, weight, bias = operands(runs)
@@ -112,9 +112,9 @@ def check(runs, activation, accumulate):
     again = grad.clone()
 
     def run(grad):
-        y, z = ragged_products.ragged_linear(x, weight, bias, runs, activation, True)
-        ragged_products.ragged_wgrad_into(dy, x, runs, grad, accumulate)
-        return y, z, ragged_products.ragged_dgrad(dy, weight, runs)
+        y, z = module.ragged_linear(x, weight, bias, runs, activation, True)
+        module.ragged_wgrad_into(dy, x, runs, grad, accumulate)
+        return y, z, module.ragged_dgrad(dy, weight, runs)
 
     y, z, dx = run(grad)
     same, exact = (
@@ -138,20 +138,22 @@ def check(runs, activation, accumulate):
 @needs_library
 @pytest.mark.parametrize("runs", LARGE.values(), ids=LARGE)
 def test_large_batches(runs, threads):
-    check(runs, "gelu" if threads == 2 else "none", threads != 3)
+    check(ragged_products, runs, "gelu" if threads == 2 else "none", threads != 3)
 
 
-@needs_library
-def test_random_batches(threads):
-    for index, runs in enumerate(ragged.random_problems(threads, 30)):
-        check(runs, ("none", "relu", "gelu", "silu")[index % 4], index % 3 == 0)
+@pytest.mark.parametrize(
+    "module", [pytest.param(ragged_products, marks=needs_library), reference], ids=["cut", "plain"]
+)
+def test_random_problems(module, ragged_runs):
+    rows = ragged.largest(ragged_runs)[0]
+    check(module, ragged_runs, ("none", "relu", "gelu", "silu")[rows % 4], rows % 3 == 0)
 
 
 @needs_library
 def test_reductions_are_as_long_as_the_rows():
     """x and dy of the smallest rows hold NaN where only larger rows are read."""
     runs = [(1, 2048, 2048), (40, 1, 1)]
-    check(runs, "none", True)
+    check(ragged_products, runs, "none", True)
 
 
 @needs_library
