@@ -44,6 +44,9 @@ def pytest_addoption(parser):
         default=40,
         help="how many random ragged batches each test of them sees",
     )
+    parser.addoption(
+        "--ragged-seed", type=int, default=0, help="another number gives other random batches"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -51,9 +54,9 @@ def pytest_generate_tests(metafunc):
     if "ragged_runs" in metafunc.fixturenames:
         from support.ragged import random_problems
 
-        count = metafunc.config.getoption("--ragged-problems")
+        count, seed = map(metafunc.config.getoption, ("--ragged-problems", "--ragged-seed"))
         ids = [f"problem{index}" for index in range(count)]
-        metafunc.parametrize("ragged_runs", list(random_problems(0, count)), ids=ids)
+        metafunc.parametrize("ragged_runs", list(random_problems(seed, count)), ids=ids)
 
 
 def pytest_collection_modifyitems(items):

@@ -23,33 +23,37 @@ def cases(count, rows, size):
         yield seed, random_runs(rng, rows, size), choice
 
 
+def check_cover(mode, runs, choice):
+    schedule = host.schedule_gemm(mode, runs, choice)
+    m, k = row_sizes(runs)
+    needed = active(mode, runs)
+    cols, reds = (m, k) if mode == "forward" else (k, m)
+    covered = np.zeros(needed.shape, int)
+    parts = {}
+    for row, row_end, col, col_end, red, red_end, _, part, count, slot in schedule.tiles:
+        assert 0 < row_end - row <= choice.tile_m and 0 < col_end - col <= choice.tile_n
+        assert red < red_end and red % choice.tile_k == 0
+        parts.setdefault((row, row_end, col, col_end, count), []).append((red, red_end))
+        assert count == 1 or 0 <= slot - part <= slot < schedule.slots
+    for (row, row_end, col, col_end, count), ranges in parts.items():
+        ranges = sorted(ranges)
+        assert len(ranges) == count <= choice.split_k
+        assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
+        if mode == "wgrad":
+            assert ranges[-1][1] == needed[row, col]  # the corner is used by the most rows
+            covered[row:row_end, col:col_end] += 1
+        else:
+            assert ranges[-1][1] == reds[row:row_end].max()
+            assert (cols[row:row_end] > col).all()
+            covered[row:row_end, col:col_end] += needed[row:row_end, col:col_end] > 0
+    np.testing.assert_array_equal(covered, needed > 0)
+
+
 @modes
 def test_tiles_cover_the_active_region_exactly_once(mode):
     """... over exactly the reduction that their rows need, in whole and disjoint parts."""
-    for seed, runs, choice in cases(1500, 40, 40):
-        schedule = host.schedule_gemm(mode, runs, choice)
-        m, k = row_sizes(runs)
-        needed = active(mode, runs)
-        cols, reds = (m, k) if mode == "forward" else (k, m)
-        covered = np.zeros(needed.shape, int)
-        parts = {}
-        for row, row_end, col, col_end, red, red_end, _, part, count, slot in schedule.tiles:
-            assert 0 < row_end - row <= choice.tile_m and 0 < col_end - col <= choice.tile_n
-            assert red < red_end and red % choice.tile_k == 0
-            parts.setdefault((row, row_end, col, col_end, count), []).append((red, red_end))
-            assert count == 1 or 0 <= slot - part <= slot < schedule.slots
-        for (row, row_end, col, col_end, count), ranges in parts.items():
-            ranges = sorted(ranges)
-            assert len(ranges) == count <= choice.split_k
-            assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
-            if mode == "wgrad":
-                assert ranges[-1][1] == needed[row, col]  # the corner is used by the most rows
-                covered[row:row_end, col:col_end] += 1
-            else:
-                assert ranges[-1][1] == reds[row:row_end].max()
-                assert (cols[row:row_end] > col).all()
-                covered[row:row_end, col:col_end] += needed[row:row_end, col:col_end] > 0
-        np.testing.assert_array_equal(covered, needed > 0, err_msg=f"seed {seed}: {runs}")
+    for _, runs, choice in cases(1500, 40, 40):
+        check_cover(mode, runs, choice)
 
 
 @modes
@@ -153,15 +157,34 @@ def operands(rng, runs):
     return x, rng.standard_normal((m[0], k[0])), dy
 
 
+def check_model(mode, runs, choice, seed):
+    x, weight, dy = operands(np.random.default_rng(seed), runs)
+    wanted = exact(mode, x, weight, dy, runs)
+    a, b = {"forward": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[mode]
+    out = np.zeros(wanted.shape)
+    run_model(mode, a, b, out, runs, choice)
+    np.testing.assert_allclose(out, wanted, atol=1e-12)
+
+
 @modes
 def test_model_computes_the_products(mode):
     for seed, runs, choice in cases(700, 40, 40):
-        x, weight, dy = operands(np.random.default_rng(seed), runs)
-        wanted = exact(mode, x, weight, dy, runs)
-        a, b = {"forward": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[mode]
-        out = np.zeros(wanted.shape)
-        run_model(mode, a, b, out, runs, choice)
-        np.testing.assert_allclose(out, wanted, atol=1e-12, err_msg=f"seed {seed}: {runs}")
+        check_model(mode, runs, choice, seed)
+
+
+def test_random_problems(ragged_runs):
+    """The batches that the other implementations are tested on; FLOPs at up to forty-fold sizes."""
+    rng = random.Random(str(ragged_runs))
+    large = [(rows, 40 * m + 16, 40 * k + 7) for rows, m, k in ragged_runs]
+    for mode in MODES:
+        choice = host.TileChoice(
+            *rng.choice([(16, 32, 16), (32, 16, 32)]), rng.choice([1, 1, 2, 5])
+        )
+        check_cover(mode, ragged_runs, choice)
+        check_model(mode, ragged_runs, choice, rng.randrange(1000))
+        choice = host.choose_tiles(mode, large, rng.choice([108, 132]))
+        flops = host.schedule_gemm(mode, large, choice).flops
+        assert flops == sum(2 * rows * m * k for rows, m, k in large)
 
 
 # --- choices -------------------------------------------------------------------------------------

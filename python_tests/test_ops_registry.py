@@ -8,7 +8,7 @@ import torch
 
 import sorted_kernels.ops.optimizer  # noqa: F401  (defines the optimizers' ops)
 from sorted_kernels.ops.gradient import slot_of
-from sorted_kernels.ops.library import NAMESPACE
+from sorted_kernels.ops.library import NAMESPACE, load_compiled
 from support.poison import pattern
 
 
@@ -221,6 +221,13 @@ def ragged_embedding_accumulate():
     yield torch.randn(4, 4), torch.randint(5, (4,)), *slot(5, 6), 5, RUNS, 2
 
 
+def ragged_product_():
+    runs, x, weight, dy = RUNS, torch.randn(4, 4), torch.randn(5, 6), torch.randn(4, 5)
+    yield 0, x, weight, torch.randn(5), runs, torch.empty(4, 5), False
+    yield 1, dy, weight, None, runs, torch.empty(4, 4), False
+    yield 2, dy, x, None, runs, torch.zeros(5, 4), True
+
+
 def staircase_adamw_():
     bands, options = [0, 0, 2, 3, 0, 2, 4, 1, 1, 0, 3, 1], (1e-3, 0.9, 0.99, 1e-8, 0.1)
     for dtype, masters in ((torch.float32, []), (torch.bfloat16, [(4, 5), (5,)])):
@@ -246,6 +253,7 @@ SAMPLES = {
         ragged_embedding_backward, ragged_linear_accumulate, ragged_embedding_accumulate,
         batch_norm, batch_norm_backward, group_norm, group_norm_backward,
         conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_accumulate,
+        ragged_product_,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed
@@ -262,6 +270,8 @@ def test_opcheck(name):
     op = getattr(torch.ops.sorted_kernels, name)
     if name == "native_gemm":  # has no public twin: sorted_kernels.cuda plans its calls
         return
+    if name == "ragged_product_" and not load_compiled():
+        pytest.skip("the compiled library is absent")
     if name.startswith("native_"):  # the compiled CUDA twin: its public op decides to call it
         public = getattr(torch.ops.sorted_kernels, name.removeprefix("native_"))
         twin = str(op.default._schema).replace("native_", "")

@@ -6,10 +6,12 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "host/gemm_schedule.h"
 #include "host/host_gemm.h"
 #include "host/module.h"
+#include "host/ragged_boxes.h"
 
 namespace py = pybind11;
 
@@ -33,6 +35,21 @@ std::vector<RowRun> runs_of(const Runs& runs) {
 
 GemmSchedule schedule(const std::string& mode, const Runs& runs, const TileChoice& choice) {
   return schedule_gemm(mode_of(mode), runs_of(runs), choice);
+}
+
+using Box = std::array<int64_t, 5>;
+using Job = std::tuple<int64_t, int64_t, std::vector<Box>>;
+
+std::vector<Job> jobs(const std::string& mode, const Runs& runs, int64_t threads) {
+  std::vector<Job> list;
+  for (const RaggedJob& job : ragged_jobs(mode_of(mode), runs_of(runs), threads)) {
+    std::vector<Box> boxes;
+    for (const RaggedBox& b : job.boxes) {
+      boxes.push_back({b.rows, b.m_begin, b.m_end, b.k_begin, b.k_end});
+    }
+    list.emplace_back(job.begin, job.end, boxes);
+  }
+  return list;
 }
 
 // Plain structs of 32-bit integers, as a matrix with a row each.
@@ -137,6 +154,9 @@ void bind_gemm(py::module_& module) {
       "Tile sizes and split-K of a product of (rows, m, k) runs; mode is forward, dgrad or wgrad.");
   module.def("schedule_gemm", &schedule, "mode"_a, "runs"_a, "choice"_a,
              "The tiles of a product of (rows, m, k) runs, sorted largest first.");
+  module.def("ragged_jobs", &jobs, "mode"_a, "runs"_a, "threads"_a,
+             "A ragged product on the CPU as jobs (begin, end, boxes): the outputs that a job "
+             "writes, and its boxes (rows, m_begin, m_end, k_begin, k_end).");
   module.def(
       "run_gemm", &run_gemm, "mode"_a, "a"_a.noconvert(), "b"_a.noconvert(), "out"_a, "runs"_a,
       "choice"_a, "half"_a = "bfloat16", "bias"_a = py::none(), "activation"_a = "none",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sorted_kernels.cuda.gemm import PADDING, Runs, run_gemm
 from sorted_kernels.reference.linear import activate, activation_backward, bias_grad_into
+from sorted_kernels.reference.ragged import ragged_bias_grad_into
 
 __all__ = [
     "activate",
@@ -155,15 +156,3 @@ def ragged_wgrad_into(
         accumulate: Add to what is there.
     """
     _wgrad_into(dy, x, _runs(runs), out, accumulate)
-
-
-def ragged_bias_grad_into(
-    dy: Tensor, runs: Sequence[tuple[int, int, int]], out: Tensor, accumulate: bool
-) -> None:
-    """``out[i] (+)= sum of dy[r, i]`` over the rows r that use it: dy (N, m_max), out (m_max,)."""
-    if not accumulate:
-        out[: runs[0][1]].zero_()
-    begin = 0
-    for rows, m, _ in runs:
-        bias_grad_into(dy[begin : begin + rows, :m], out[:m], True)
-        begin += rows

@@ -21,6 +21,7 @@ from sorted_kernels.ops.dispatch import (
     Machine,
     choose_linear,
 )
+from sorted_kernels.ops.library import load_compiled
 from sorted_kernels.ops.promotion import promoted
 
 OPS = (
@@ -152,6 +153,24 @@ def in_plain_torch(op: str, x: Tensor) -> bool:
     return implementation(op, x) is _reference(op)
 
 
+def in_compiled_torch(x: Tensor) -> bool:
+    """Whether the compiled CPU code that calls PyTorch's GEMM may run in place of plain PyTorch.
+
+    Not where plain PyTorch was asked for by name.
+    """
+    return (
+        x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and not _reference_only
+        and _compiled_allowed()
+    )
+
+
+@functools.cache
+def _compiled_allowed() -> bool:
+    return env.forced_backend() is None and load_compiled()
+
+
 _reference_only = False
 _generation = 0
 
@@ -190,5 +209,5 @@ def reset() -> None:
     """Forget the choices made, so that a changed environment is read again (for tests)."""
     global _generation
     _generation += 1
-    for cache in (_module, _machine, _linear_module):
+    for cache in (_module, _machine, _linear_module, _compiled_allowed):
         cache.cache_clear()

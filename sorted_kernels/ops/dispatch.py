@@ -2,10 +2,12 @@
 
 Three products share a weight ``W[:m, :k]`` of a parent ``(M, K)``: *forward* ``x @ W.T`` (x is
 (N, k)), *dgrad* ``dy @ W`` (dy is (N, m)) and *wgrad* ``dW[:m, :k] += dy.T @ x``. The vendor's
-library, reached through PyTorch on strided views, is at the limit for aligned uniform sizes; a
-kernel of this project runs where it is expected to win, and only if a recorded GPU run has passed
-it or experimental kernels are on. What is expected is written down in the constants below, and
-nowhere else. No GPU has confirmed them yet.
+library is at the limit for aligned uniform sizes. PyTorch reaches it without a copy: its own call
+on a strided view gives cuBLAS the parent's row stride as the leading dimension
+(``prepare_matrix_for_cublas`` in its ``aten/src/ATen/native/cuda/Blas.cpp``), so there is no
+binding of our own. A kernel of this project runs where it is expected to win, and only if a
+recorded GPU run has passed it or experimental kernels are on. What is expected is written down in
+the constants below, and nowhere else. No GPU has confirmed them yet.
 """
 
 from __future__ import annotations

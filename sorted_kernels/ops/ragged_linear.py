@@ -10,6 +10,8 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
+from sorted_kernels.ops import ragged_products
+from sorted_kernels.ops.backend import in_compiled_torch
 from sorted_kernels.ops.checks import autocast
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
@@ -21,6 +23,7 @@ from sorted_kernels.ops.ragged import (
     refuse_double_backward,
     triples,
 )
+from sorted_kernels.reference import ragged as reference
 from sorted_kernels.reference.linear import activation_backward
 from sorted_kernels.row_widths import RowWidths
 
@@ -38,7 +41,8 @@ LIBRARY.define(
 
 
 def _backend(x: Tensor) -> Any:
-    return ragged_implementation("linear", "ragged_linear", x)
+    module = ragged_implementation("linear", "ragged_linear", x)
+    return ragged_products if module is reference and in_compiled_torch(x) else module
 
 
 def _linear(
