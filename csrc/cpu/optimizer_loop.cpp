@@ -42,12 +42,9 @@ void update_row(P* __restrict__ param, G* __restrict__ grad, C* __restrict__ sta
 constexpr int64_t kStretch = 64;
 
 template <typename T>
-void request(const T* elements, int64_t row_stride) {
-  if (elements == nullptr) return;
-  const char* next = reinterpret_cast<const char*>(elements + row_stride);
-  for (uint64_t byte = 0; byte < kStretch * sizeof(T); byte += 64) {
-    __builtin_prefetch(next + byte, 1);
-  }
+void request(const T* elements, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(elements + i, 1);
 }
 
 template <bool kClear, typename P, typename G, typename Rule>
@@ -58,24 +55,24 @@ void update_chunks(const TensorRecord* tensors, const Chunk* chunks, int64_t cou
     const TensorRecord& record = tensors[chunk->tensor];
     const typename Rule::PerTensor tensor(record);
     for (int64_t row = chunk->row_begin; row < chunk->row_begin + chunk->rows; ++row) {
-      const bool last = row + 1 == chunk->row_begin + chunk->rows;
+      const bool ahead =
+          record.row_stride[kParam] > chunk->cols && row + 1 < chunk->row_begin + chunk->rows;
       const int64_t end = chunk->col_begin + chunk->cols;
       for (int64_t col = chunk->col_begin; col < end; col += kStretch) {
-        P* param = row_of<P>(record, kParam, row, col);
-        G* grad = row_of<G>(record, kGrad, row, col);
-        C* state = row_of<C>(record, kState, row, col);
-        C* second_state = row_of<C>(record, kSecondState, row, col);
-        C* master = row_of<C>(record, kMaster, row, col);
-        if (!last) {
-          request(param, record.row_stride[kParam]);
-          request(grad, record.row_stride[kGrad]);
-          request(state, record.row_stride[kState]);
-          request(second_state, record.row_stride[kSecondState]);
-          request(master, record.row_stride[kMaster]);
-        }
         const int64_t count = end - col < kStretch ? end - col : kStretch;
-        update_row<Rule::kStates, kClear>(param, grad, state, second_state, master, count, rule,
-                                          tensor);
+        if (ahead) {
+          request(row_of<P>(record, kParam, row + 1, col), count);
+          request(row_of<G>(record, kGrad, row + 1, col), count);
+          if (Rule::kStates > 0) request(row_of<C>(record, kState, row + 1, col), count);
+          if (Rule::kStates > 1) request(row_of<C>(record, kSecondState, row + 1, col), count);
+          if (ComputeType<P>::has_master) {
+            request(row_of<C>(record, kMaster, row + 1, col), count);
+          }
+        }
+        update_row<Rule::kStates, kClear>(
+            row_of<P>(record, kParam, row, col), row_of<G>(record, kGrad, row, col),
+            row_of<C>(record, kState, row, col), row_of<C>(record, kSecondState, row, col),
+            row_of<C>(record, kMaster, row, col), count, rule, tensor);
       }
     }
   }
