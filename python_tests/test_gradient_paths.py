@@ -160,9 +160,17 @@ def test_any_layout_of_inputs(family, route, layout, monkeypatch):
     assert_outcome(actual, *judged(family, x, blocks, dy.contiguous()))
 
 
-def test_the_route_follows_what_runs(monkeypatch):
-    layer = sk.nn.Linear(8, 6, in_dim="i", out_dim="o")
-    names = []
+NODES = {
+    "linear": ("Linear", lambda: sk.nn.Linear(8, 6, in_dim="i", out_dim="o")),
+    "layer_norm": ("LayerNorm", lambda: sk.nn.LayerNorm(8, dim="i")),
+    "rms_norm": ("RMSNorm", lambda: sk.nn.RMSNorm(8, dim="i")),
+}
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_the_route_follows_what_runs(kind, monkeypatch):
+    node, make = NODES[kind]
+    layer, names = make(), []
 
     def note():
         names.append(type(layer(torch.randn(2, 8)).grad_fn).__name__)
@@ -177,14 +185,52 @@ def test_the_route_follows_what_runs(monkeypatch):
     for param in layer.parameters():
         param.requires_grad_(False)
     names.append(layer(torch.randn(2, 8)).grad_fn)
-    layer.bias.requires_grad_()
+    last = list(layer.parameters())[-1]  # the bias where there is one
+    last.requires_grad_()
     note()
-    hook = layer.bias.register_hook(lambda gradient: None)
+    hook = last.register_hook(lambda gradient: None)
     note()
     hook.remove()
     note()
-    lean, node = "_LinearOnBlocksBackward", "_LinearBackward"
+    lean, node = f"_{node}OnBlocksBackward", f"_{node}Backward"
     assert names == [lean, node, node, None, lean, node, lean]
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_a_frozen_layer_on_blocks_passes_the_gradient_on(kind):
+    """PyTorch's own nodes, which can be differentiated twice; nothing lands on the parameters."""
+    layer = NODES[kind][1]().requires_grad_(False)
+    sk.activate(layer, sk.Submodel(i=5))
+    plain = sk.export(layer, sk.Submodel(i=5))
+    x, dy = torch.randn(4, 5), torch.randn(4, 6 if kind == "linear" else 5)
+    found = []
+    for module in (layer, plain):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(module(leaf), leaf, dy, create_graph=True)
+        twice = torch.autograd.grad(dx.square().sum(), leaf)[0] if dx.requires_grad else dx
+        found.append((dx, twice))
+    torch.testing.assert_close(found[0], found[1])
+    assert all(param.grad is None for param in layer.parameters())
+
+
+@pytest.mark.parametrize("route", ["blocks", "node"])
+@pytest.mark.parametrize("kind", NODES)
+def test_a_second_derivative_on_the_in_place_path_is_an_error(kind, route, monkeypatch):
+    options = take(monkeypatch, route)
+    assert options == {"grad_mode": "inplace"}
+    leaf = torch.randn(2, 8, requires_grad=True)
+    with pytest.raises(sk.GradientError, match="dense"):
+        torch.autograd.grad(NODES[kind][1]()(leaf).square().sum(), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_a_weight_changed_between_forward_and_backward_is_an_error(kind):
+    layer = NODES[kind][1]()
+    y = layer(torch.randn(2, 8, requires_grad=True))
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @families
@@ -219,11 +265,16 @@ def fake_tensors():
     [torch.inference_mode, torch.no_grad, fake_tensors, backend.reference_only],
     ids=["inference_mode", "no_grad", "fake", "reference_only"],
 )
-@pytest.mark.parametrize("kind", ["linear", "layer_norm"])
+@pytest.mark.parametrize("kind", ["linear", "layer_norm", "rms_norm"])
 def test_a_forward_elsewhere_leaves_nothing_behind(kind, context):
     """Blocks that were worked out within a context must not serve training after it."""
     torch.manual_seed(3)
-    layer = sk.nn.Linear(8, 6, in_dim="i") if kind == "linear" else sk.nn.LayerNorm(8, dim="i")
+    make = {
+        "linear": lambda: sk.nn.Linear(8, 6, in_dim="i"),
+        "layer_norm": lambda: sk.nn.LayerNorm(8, dim="i"),
+        "rms_norm": lambda: sk.nn.RMSNorm(8, 1e-6, dim="i"),
+    }
+    layer = make[kind]()
     sk.activate(layer, sk.Submodel(i=5))
     plain = sk.export(layer, sk.Submodel(i=5))
     x = torch.randn(4, 5)

@@ -180,3 +180,10 @@ def test_the_input_has_the_active_width(layer, x):
         made(torch.randn(x))
     with pytest.raises(sk.ShapeError, match=r"shape \(\)"):
         made(torch.tensor(1.0))
+    with pytest.raises(sk.ShapeError, match=r"shape \(4, 1\)"):  # nor is it broadcast
+        made(torch.randn(4, 1))
+    sk.activate(made, sk.Submodel(w=1))
+    with pytest.raises(sk.ShapeError, match=r"shape \(4, 9\)"):
+        made(torch.randn(x))
+    with pytest.raises(sk.DTypeError, match="int64"):
+        made(torch.ones(4, 1, dtype=torch.int64))

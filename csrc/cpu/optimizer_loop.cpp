@@ -37,6 +37,16 @@ void update_row(P* __restrict__ param, G* __restrict__ grad, C* __restrict__ sta
   }
 }
 
+// A prefix's rows lie apart, where the hardware does not look ahead: each stretch of elements asks
+// for the one below it while it is updated.
+constexpr int64_t kStretch = 64;
+
+template <typename T>
+void request(const T* elements, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(elements + i, 1);
+}
+
 template <bool kClear, typename P, typename G, typename Rule>
 void update_chunks(const TensorRecord* tensors, const Chunk* chunks, int64_t count,
                    const Rule& rule) {
@@ -45,11 +55,25 @@ void update_chunks(const TensorRecord* tensors, const Chunk* chunks, int64_t cou
     const TensorRecord& record = tensors[chunk->tensor];
     const typename Rule::PerTensor tensor(record);
     for (int64_t row = chunk->row_begin; row < chunk->row_begin + chunk->rows; ++row) {
-      const int64_t col = chunk->col_begin;
-      update_row<Rule::kStates, kClear>(
-          row_of<P>(record, kParam, row, col), row_of<G>(record, kGrad, row, col),
-          row_of<C>(record, kState, row, col), row_of<C>(record, kSecondState, row, col),
-          row_of<C>(record, kMaster, row, col), chunk->cols, rule, tensor);
+      const bool ahead =
+          record.row_stride[kParam] > chunk->cols && row + 1 < chunk->row_begin + chunk->rows;
+      const int64_t end = chunk->col_begin + chunk->cols;
+      for (int64_t col = chunk->col_begin; col < end; col += kStretch) {
+        const int64_t count = end - col < kStretch ? end - col : kStretch;
+        if (ahead) {
+          request(row_of<P>(record, kParam, row + 1, col), count);
+          request(row_of<G>(record, kGrad, row + 1, col), count);
+          if (Rule::kStates > 0) request(row_of<C>(record, kState, row + 1, col), count);
+          if (Rule::kStates > 1) request(row_of<C>(record, kSecondState, row + 1, col), count);
+          if (ComputeType<P>::has_master) {
+            request(row_of<C>(record, kMaster, row + 1, col), count);
+          }
+        }
+        update_row<Rule::kStates, kClear>(
+            row_of<P>(record, kParam, row, col), row_of<G>(record, kGrad, row, col),
+            row_of<C>(record, kState, row, col), row_of<C>(record, kSecondState, row, col),
+            row_of<C>(record, kMaster, row, col), count, rule, tensor);
+      }
     }
   }
 }

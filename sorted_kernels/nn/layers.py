@@ -22,7 +22,7 @@ from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 from sorted_kernels.ops.layer_norm import check_norm, layer_norm_on_blocks, run_layer_norm
 from sorted_kernels.ops.linear import check_linear, linear_of_rows, linear_on_blocks, run_linear
 from sorted_kernels.ops.ragged_norm import run_ragged_norm
-from sorted_kernels.ops.rms_norm import run_rms_norm
+from sorted_kernels.ops.rms_norm import check_rms_norm, rms_norm_on_blocks, run_rms_norm
 from sorted_kernels.reference.linear import ACTIVATIONS
 from sorted_kernels.row_widths import RowWidths
 
@@ -62,6 +62,7 @@ class ElasticModule(torch.nn.Module):
     """What all elastic layers share: named axes and the choice of the gradient path."""
 
     OP: str  # of layers that can run on plain blocks
+    BIAS = True  # whether there is such a parameter, be it None
     axes: dict[str, ElasticAxis]
     grad_mode: str
     _slots: dict[str, GradientSlot]
@@ -97,7 +98,7 @@ class ElasticModule(torch.nn.Module):
             return None
         parameters = self._parameters
         try:
-            weight, bias = parameters["weight"], parameters["bias"]
+            weight, bias = parameters["weight"], parameters["bias"] if self.BIAS else None
         except KeyError:  # computed from others by a parametrization
             return None
         blocks = self._blocks.get(sizes)
@@ -333,6 +334,8 @@ class RMSNorm(ElasticModule, torch.nn.RMSNorm):
         ShapeError: More than one normalised axis.
     """
 
+    OP = "rms_norm"
+    BIAS = False
     AXES = ("features",)
     features_axis: ElasticAxis
 
@@ -352,14 +355,23 @@ class RMSNorm(ElasticModule, torch.nn.RMSNorm):
 
     def forward(self, x: Tensor, widths: RowWidths | None = None) -> Tensor:
         """Normalise the active features; or each row of a ragged batch over its in_features."""
-        weight = self.weight
-        slot, _, dense = self._gradient_path(weight)
         eps = self.eps
         if eps is None:  # of the type that the norm is computed in
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         if widths is not None:
-            return run_ragged_norm("rms_norm", x, weight, None, widths, eps, slot, None, dense)
+            weight = self.weight
+            paths = self._gradient_path(weight)
+            return run_ragged_norm("rms_norm", x, weight, None, widths, eps, *paths)
         check_width(x, self.features_axis, "RMSNorm")
+        blocks = self._plain_blocks(self.features_axis.active)
+        if blocks is not None and blocks.weight is not None and x.dtype is blocks.weight.dtype:
+            try:
+                return rms_norm_on_blocks(x, blocks, eps)
+            except RuntimeError:
+                check_rms_norm(x, self.weight)
+                raise
+        weight = self.weight
+        slot, _, dense = self._gradient_path(weight)
         return run_rms_norm(x, weight, eps, slot, dense)
 
     def active_shapes(self) -> dict[str, tuple[int, ...]]:

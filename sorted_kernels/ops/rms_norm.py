@@ -11,10 +11,19 @@ from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops.blocks import Blocks, lean_apply
 from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
-from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, lands
+from sorted_kernels.ops.gradient import (
+    ANCHOR,
+    IN_PLACE_TWICE,
+    GradientSlot,
+    detached,
+    lands,
+    parameters_wanted,
+)
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.ops.ragged_norm import run_ragged_norm
+from sorted_kernels.reference import rms_norm as reference
 from sorted_kernels.row_widths import RowWidths
 
 LIBRARY.define("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
@@ -97,6 +106,46 @@ class _RMSNorm(Function):
         return dx, *[None] * 5
 
 
+class _RMSNormOnBlocks(Function):
+    """In-place gradients in plain PyTorch: as little Python as can be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Blocks, eps: float, anchor: Tensor) -> Tensor:
+        y, rstd = reference.rms_norm(x, blocks.weight, eps)
+        ctx.save_for_backward(x, rstd, blocks.weight)
+        ctx.blocks = blocks
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise GradientError(IN_PLACE_TWICE)
+        x, rstd, weight = ctx.saved_tensors
+        blocks, out, accumulate = ctx.blocks, None, False
+        if parameters_wanted():
+            out, accumulate = blocks.weight_slot.prefix(*blocks.sizes)
+        dx = reference.rms_norm_backward_into(
+            dy, x, rstd, weight, out, accumulate, ctx.needs_input_grad[0]
+        )
+        return dx, None, None, None
+
+
+_apply_on_blocks = lean_apply(_RMSNormOnBlocks)
+
+
+def rms_norm_on_blocks(x: Tensor, blocks: Blocks, eps: float) -> Tensor:
+    """:func:`rms_norm` for layers that have their blocks at hand; x is as wide as they are.
+
+    Raises:
+        RuntimeError: PyTorch's own error; :func:`check_rms_norm` says what was wrong.
+    """
+    if not torch.is_grad_enabled():
+        return reference.rms_norm(x, blocks.weight, eps)[0]
+    if blocks.train:
+        return _apply_on_blocks(x, blocks, eps, ANCHOR)
+    return torch.nn.functional.rms_norm(x, blocks.sizes, blocks.weight, eps)
+
+
 def _save(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, rstd: Tensor) -> None:
     ctx.save_for_backward(x, weight, rstd)
     ctx.eps, ctx.shape = eps, None if weight is None else weight.shape
@@ -172,13 +221,18 @@ def rms_norm(
     return run_rms_norm(x, weight, eps, None, True)
 
 
+def check_rms_norm(x: Tensor, weight: Tensor | None) -> None:
+    """Raise what :func:`rms_norm` documents."""
+    check_input(x)
+    check_affine(x, weight, "weight")
+
+
 def run_rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, slot: GradientSlot | None, dense: bool
 ) -> Tensor:
     """:func:`rms_norm` for layers, whose slot says where the gradient lands."""
     x = autocast_wide(x, weight)
-    check_input(x)
-    check_affine(x, weight, "weight")
+    check_rms_norm(x, weight)
     if is_compiling():
         if dense:
             return torch.ops.sorted_kernels.rms_norm(x, weight, eps)[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sorted_kernels.reference.affine import place, prefix_of
+
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision is computed in float32, as the LLaMA models do; wider types as they are."""
@@ -23,10 +25,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tens
         y (..., k) in x's dtype, rstd (..., 1) (float32 for half precision).
     """
     wide = _wide(x)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, without the squares
+    rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     y = wide * rstd
     if weight is not None:
-        y.mul_(weight[: x.shape[-1]])
+        y.mul_(prefix_of(weight, x.shape[-1]))
     return y.to(x.dtype), rstd
 
 
@@ -39,13 +42,26 @@ def rms_norm_backward_into(
     accumulate: bool,
     need_dx: bool = True,
 ) -> Tensor | None:
-    """Input gradient returned; gradient of the scale written into a k-sized view."""
-    wide_dy, normed = _wide(dy), _wide(x) * rstd
+    """Input gradient returned; gradient of the scale written into a k-sized view.
+
+    One buffer of the input's size serves all: a new one costs more than a pass over it.
+    """
+    k, wide_dy, wide = x.shape[-1], _wide(dy), _wide(x)
+    scale = prefix_of(weight, k)
+    work = (wide_dy * wide).mul_(rstd)  # dy * normed
+    rows = work.reshape(-1, k)
     if weight_out is not None:
-        dw = (wide_dy * normed).reshape(-1, x.shape[-1]).sum(0)
-        weight_out.add_(dw) if accumulate else weight_out.copy_(dw)
+        place(weight_out, rows.sum(0), accumulate)
     if not need_dx:
         return None
-    scaled = wide_dy if weight is None else wide_dy * weight[: x.shape[-1]]
-    inner = (scaled * normed).mean(-1, keepdim=True)
-    return ((scaled - normed * inner) * rstd).to(x.dtype)
+    inner = rows.sum(-1) if scale is None else _times(rows, _wide(scale))
+    pull = inner.view(rstd.shape).mul_(rstd.square()).div_(-k)
+    dx = torch.mul(wide_dy, rstd, out=work)
+    if scale is not None:
+        dx.mul_(scale)
+    return dx.addcmul_(wide, pull).to(x.dtype)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Their product in their own dtype, whatever ``torch.autocast`` says."""
+    return torch.mv(matrix, vector, out=matrix.new_empty(matrix.shape[0]))
