@@ -22,6 +22,7 @@ TESTS = {
     "layer_norm": "test_triton_norm",
     "rms_norm": "test_triton_norm",
     "embedding": "test_triton_embedding",
+    "attention": "test_triton_attention",
     "staircase_optimizer": "test_optimizer_device",
 }
 SANITIZED = ("exercise", "memcheck", "racecheck")

@@ -144,6 +144,23 @@ def ragged_embedding_accumulate():
     yield torch.randn(4, 4), torch.randint(5, (4,)), *slot(5, 6), 5, RUNS, 2
 
 
+def attention():
+    q, k, v = leaf(2, 4, 3, 5), leaf(2, 2, 6, 5), leaf(2, 2, 6, 5)
+    counts = torch.tensor([4, 2])
+    yield q, k, v, None, None, False, 0.5
+    yield q, k, v, torch.rand(2, 1, 1, 6) < 0.5, counts, True, 0.5
+    half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    yield *half, torch.randn(1, 4, 3, 6).bfloat16(), counts.int(), False, 0.5
+
+
+def attention_backward():
+    for q, k, v, *options in attention():
+        q, k, v = (t.detach() for t in (q, k, v))
+        out, lse = torch.ops.sorted_kernels.attention(q, k, v, *options)
+        mask, counts, causal, scale = options
+        yield torch.randn_like(out), q, k, v, mask, counts, out, lse, causal, scale
+
+
 def staircase_adamw_():
     bands, options = [0, 0, 2, 3, 0, 2, 4, 1, 1, 0, 3, 1], (1e-3, 0.9, 0.99, 1e-8, 0.1)
     for dtype, masters in ((torch.float32, []), (torch.bfloat16, [(4, 5), (5,)])):
@@ -167,6 +184,7 @@ SAMPLES = {
         ragged_linear_dgrad, ragged_linear_wgrad, ragged_linear_bias_grad, ragged_layer_norm,
         ragged_layer_norm_backward, ragged_rms_norm, ragged_rms_norm_backward, ragged_embedding,
         ragged_embedding_backward, ragged_linear_accumulate, ragged_embedding_accumulate,
+        attention, attention_backward,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed

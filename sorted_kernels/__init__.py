@@ -17,7 +17,7 @@ from sorted_kernels.errors import (
 )
 from sorted_kernels.models import count_flops, count_parameters, elasticize, export
 from sorted_kernels.nn import activate, active
-from sorted_kernels.ops import embedding, layer_norm, linear, rms_norm
+from sorted_kernels.ops import attention, embedding, layer_norm, linear, rms_norm
 from sorted_kernels.row_widths import RowWidths
 from sorted_kernels.staircase import Staircase
 from sorted_kernels.submodel import Submodel, SubmodelSpace
@@ -41,6 +41,7 @@ __all__ = [
     "SubmodelSpace",
     "activate",
     "active",
+    "attention",
     "count_flops",
     "count_parameters",
     "elasticize",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sorted_kernels.models.elasticize import PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
+from sorted_kernels.nn.attention import PROJECTIONS, MultiheadAttention
 from sorted_kernels.nn.layers import ElasticModule
 from sorted_kernels.nn.module_list import DepthContainer
 from sorted_kernels.ops.backend import reference_only
@@ -36,6 +37,10 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
         for module in active_modules(model):
             if isinstance(module, ElasticModule):
                 memo[id(module)] = _plain_layer(module, shared, memo)
+        for module in active_modules(model):
+            if isinstance(module, MultiheadAttention):
+                parts = {name: memo[id(module.get_submodule(name))] for name in PROJECTIONS}
+                memo[id(module)] = module.plain(parts)
         # Innermost lists first: copying an outer one then finds the inner ones done.
         lists = [m for m in active_modules(model) if isinstance(m, DepthContainer)]
         blocks: DepthContainer
@@ -114,12 +119,14 @@ def count_flops(
     """
     # Imported here: the counter brings Triton along, which takes a second.
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False)
-    with active(model, submodel), reference_only(), torch.no_grad(), fake, counter:
+    products = sdpa_kernel(SDPBackend.MATH)  # attention as two products: fused ones are not known
+    with active(model, submodel), reference_only(), torch.no_grad(), fake, products, counter:
         if isinstance(input_shape, Tensor):
             example = input_shape.to(device)
         else:

@@ -28,6 +28,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "layer_norm": (*_TRITON, "triton/layer_norm.py", "triton/norm.py", "triton/column_sum.py"),
     "rms_norm": (*_TRITON, "triton/rms_norm.py", "triton/norm.py", "triton/column_sum.py"),
     "embedding": (*_TRITON, "triton/embedding.py"),
+    "attention": (
+        "triton/device.py", "triton/launch.py", "triton/attention.py",
+        "triton/attention_backward.py", "triton/attention_tile.py", "triton/attention_config.py",
+    ),
     "cuda_linear": (
         "cuda/gemm.py", "cuda/linear.py", "csrc/kernels/gemm_sm90.cu",
         "csrc/kernels/gemm_sm90.cuh", "csrc/kernels/gemm_clip.cuh",
