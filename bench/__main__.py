@@ -13,6 +13,7 @@ import torch
 
 from bench import (
     bench_anytime,
+    bench_attention,
     bench_host,
     bench_kernels,
     bench_linear_step,
@@ -30,6 +31,7 @@ FAMILIES = {
     "model_step": bench_model_step.cases,
     "anytime": bench_anytime.cases,
     "ragged": bench_ragged.cases,
+    "attention": bench_attention.cases,
     "kernels": bench_kernels.cases,
     "host": bench_host.cases,
 }

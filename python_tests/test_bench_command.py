@@ -175,7 +175,7 @@ def test_pytest_benchmark_writes_rows_too(tmp_path):
 def exercise(monkeypatch, capsys):
     """The exit code of the kernels' exercise on the CPU, and the lines it printed."""
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # put back as it was afterwards
-    cases = len(exercise_kernels.LAYERS) * len(exercise_kernels.OPTIMIZERS) * 2
+    cases = len(exercise_kernels.LAYERS) * len(exercise_kernels.OPTIMIZERS) * 2 + 4  # attention
 
     def run():
         code = exercise_kernels.main(["--device", "cpu"])
@@ -186,7 +186,7 @@ def exercise(monkeypatch, capsys):
 
 def test_kernels_exercised_are_right(exercise):
     code, lines = exercise()
-    assert code == 0 and len(set(lines)) == 20
+    assert code == 0 and len(set(lines)) == 24
     assert all(": right (off by " in line for line in lines)
 
 
@@ -212,4 +212,4 @@ def test_an_error_in_one_exercise_leaves_the_others_alone(exercise, monkeypatch)
     code, lines = exercise()
     failed = [line for line in lines if line.endswith(": FAILED: LookupError: odd")]
     assert code == 1 and len(failed) == 4 and all(line.startswith("rms_norm") for line in failed)
-    assert sum(": right" in line for line in lines) == 16
+    assert sum(": right" in line for line in lines) == 20

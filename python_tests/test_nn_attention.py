@@ -208,12 +208,12 @@ def test_flops():
 
 def test_compiles_twice_for_all_heads():
     torch._dynamo.reset()
-    model = sk.nn.MultiheadAttention(32, 17, head_dim=4, heads_dim="heads", dim="hidden")
+    model = sk.nn.MultiheadAttention(117, 17, head_dim=4, heads_dim="heads", dim="hidden")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for heads in (17, 3, *range(2, 18)):
-        x = torch.randn(2, 5, heads + 15)
-        sk.activate(model, sk.Submodel(heads=heads, hidden=heads + 15))
+        x = torch.randn(2, 5, heads + 100)
+        sk.activate(model, sk.Submodel(heads=heads, hidden=heads + 100))
         results = []
         for run in (compiled, model):
             leaf = x.clone().requires_grad_()

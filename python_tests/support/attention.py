@@ -50,7 +50,7 @@ class Problem:
 
         def projected(heads: int, rows: int) -> Tensor:
             flat = torch.randn(self.batch, rows, heads * self.head_dim)
-            return flat.to(dtype).view(self.batch, rows, heads, -1).transpose(1, 2)
+            return flat.to(dtype).view(self.batch, rows, heads, self.head_dim).transpose(1, 2)
 
         kv = self.heads // self.group
         q, dy = projected(self.heads, self.rows), projected(self.heads, self.rows)

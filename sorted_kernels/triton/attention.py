@@ -148,7 +148,8 @@ def _attention_kernel(
         k_row, v_row, mask_row, mask_col, scale,
         MASK_ROWS, CAUSAL, True, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # of a row that attends to nothing
+    acc = acc / total[:, None]
     out_ptr = head_start(out_ptr, sample, head, out_sample, out_head)
     store_rows(out_ptr, narrow(acc, out_ptr), row, n_queries, out_row, HEAD_DIM, BLOCK_M, BLOCK_D)
     lse_ptr = head_start(lse_ptr, sample, head, kv_heads * group * n_queries, n_queries)
