@@ -135,7 +135,7 @@ def exercise_attention(dtype: torch.dtype, masked: bool, device: torch.device) -
     mask = torch.rand(3, 1, 1, ACTIVE, generator=generator) < 0.5 if masked else None
     results = []
     for where, kind in ((device, dtype), (torch.device("cpu"), torch.float64)):
-        leaves = [value.to(where, kind).requires_grad_() for value in values]
+        leaves = [value.to(where, kind, copy=True).requires_grad_() for value in values]
         counts = torch.tensor([6, 2, 4], device=where)
         given = None if mask is None else mask.to(where)
         y = sk.attention(*leaves, num_heads=counts, mask=given, causal=masked)

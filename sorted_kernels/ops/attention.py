@@ -250,10 +250,13 @@ def _concrete(condition: Any) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
 def _chosen(*features_and_device: Any) -> str:
     *features, device = features_and_device
     return attention_choice(AttentionProblem(*features), device).backend
+
+
+# What torch.compiler.assume_constant_result does, but it brings the whole compiler along.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _usable(counts: Tensor | None, q: Tensor, k: Tensor, by_host: bool) -> Tensor | None:
