@@ -13,6 +13,7 @@ import torch
 
 from bench import (
     bench_anytime,
+    bench_attention,
     bench_conv,
     bench_host,
     bench_kernels,
@@ -34,6 +35,7 @@ FAMILIES = {
     "conv": bench_conv.cases,
     "anytime": bench_anytime.cases,
     "ragged": bench_ragged.cases,
+    "attention": bench_attention.cases,
     "kernels": bench_kernels.cases,
     "host": bench_host.cases,
 }

@@ -180,6 +180,28 @@ def exercise_conv(name: str, last: bool, dtype: torch.dtype, device: torch.devic
     return max(relative_difference(result.cpu(), wanted) for result, wanted in pairs)
 
 
+def exercise_attention(dtype: torch.dtype, masked: bool, device: torch.device) -> float:
+    """Largest difference of attention and its gradients from those in float64 on the CPU.
+
+    Each sample has its own number of heads, so that the device's kernel runs, if it may.
+    """
+    generator = torch.Generator().manual_seed(4)
+    sizes = ((3, ROWS, 6, ACTIVE), (3, ACTIVE, 3, ACTIVE), (3, ACTIVE, 3, ACTIVE))
+    values = [torch.randn(size, generator=generator).to(dtype).transpose(1, 2) for size in sizes]
+    upstream = torch.randn(values[0].shape, generator=generator).to(dtype)
+    mask = torch.rand(3, 1, 1, ACTIVE, generator=generator) < 0.5 if masked else None
+    results = []
+    for where, kind in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        leaves = [value.to(where, kind, copy=True).requires_grad_() for value in values]
+        counts = torch.tensor([6, 2, 4], device=where)
+        given = None if mask is None else mask.to(where)
+        y = sk.attention(*leaves, num_heads=counts, mask=given, causal=masked)
+        y.backward(upstream.to(where, kind))
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    pairs = zip(*results, strict=True)
+    return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exercise everything; 0 if all results are right."""
     parser = argparse.ArgumentParser(prog="python -m bench.exercise_kernels", description=__doc__)
@@ -199,6 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
     for dtype, name, stepper in itertools.product(TOLERANCES, LAYERS, OPTIMIZERS):
         label = f"{name}, {stepper}, {str(dtype).removeprefix('torch.')}"
         note(label, partial(exercise, name, dtype, stepper, device), TOLERANCES[dtype])
+    for dtype, masked in itertools.product(TOLERANCES, (False, True)):
+        label = f"attention, {'causal and masked, ' if masked else ''}{str(dtype).split('.')[1]}"
+        note(label, partial(exercise_attention, dtype, masked, device), TOLERANCES[dtype])
     gemm_runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     for mode in ("forward", "dgrad", "wgrad") if gemm_runs else ():
         for label, runs in {"uniform": ((37, 75, 53),), "ragged": RAGGED}.items():

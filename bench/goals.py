@@ -107,6 +107,10 @@ def goals_for(
         return Goal("B2", 1 / 1.3), Goal(LIMIT, 1 / 0.85)
     if kernel == "adamw":
         return _adamw_goals(sizes)
+    if kernel == "attention_each":  # "full" is PyTorch on all heads
+        return (Goal("full", 1 / 1.5),)
+    if kernel == "attention":
+        return (Goal("B2", 1 / 0.95),)
     if kernel.startswith("ragged"):  # B1 is a loop of the library over the sub-models
         return Goal("B1", 1 / 1.3), Goal(LIMIT, 1 / 0.85)
     return ()

@@ -196,6 +196,36 @@ class RaggedShape:
         return format_sizes(N=self.N, M=self.M, K=self.K, submodels=self.submodels)
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """Attention of B samples over the first ``heads`` of H heads of D features; S rows.
+
+    With several sub-models the samples' heads fall from there in as many equal steps.
+    """
+
+    B: int
+    H: int
+    S: int
+    D: int
+    heads: int
+    submodels: int = 1
+
+    def counts(self) -> list[int]:
+        """Active heads of each sample, the most first."""
+        steps = [sample * self.submodels // self.B for sample in range(self.B)]
+        return [max(1, self.heads * (self.submodels - i) // self.submodels) for i in steps]
+
+    @property
+    def flops(self) -> int:
+        """Operations of both products and, in backward, of five; a multiply-add counted as 2."""
+        return 7 * 2 * self.S * self.S * self.D * sum(self.counts())
+
+    def __str__(self) -> str:
+        return format_sizes(
+            B=self.B, H=self.H, S=self.S, D=self.D, heads=self.heads, submodels=self.submodels
+        )
+
+
 def _fractions_of(N: int, M: int, K: int) -> list[LinearShape]:
     return [LinearShape(N, M, K, int(M * f), int(K * f)) for f in FRACTIONS]
 
@@ -213,6 +243,13 @@ BLOCK = [
 ]
 BLOCK_QUICK = BlockShape(2, 8, 48, 4, 2, 64, 24, 2, 32)
 RAGGED = [RaggedShape(256, 2048, 2048, 16)]
+ATTENTION_CPU = [AttentionShape(8, 8, 256, 64, *h) for h in ((2,), (8,), (8, 8))]
+ATTENTION_GPU = [
+    AttentionShape(16, 16, S, D, *heads)
+    for S, D in ((1024, 64), (4096, 128))
+    for heads in ((4,), (16,), (16, 16))
+]
+ATTENTION_QUICK = AttentionShape(2, 2, 8, 32, 2, 2)
 RAGGED_QUICK = RaggedShape(32, 64, 64, 4)
 ANYTIME = [ModelShape(batch, 12, 8) for batch in (1, 64, 360, 1024)]
 

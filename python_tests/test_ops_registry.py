@@ -228,6 +228,23 @@ def ragged_product_():
     yield 2, dy, x, None, runs, torch.zeros(5, 4), True
 
 
+def attention():
+    q, k, v = leaf(2, 4, 3, 5), leaf(2, 2, 6, 5), leaf(2, 2, 6, 5)
+    counts = torch.tensor([4, 2])
+    yield q, k, v, None, None, False, 0.5
+    yield q, k, v, torch.rand(2, 1, 1, 6) < 0.5, counts, True, 0.5
+    half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    yield *half, torch.randn(1, 4, 3, 6).bfloat16(), counts.int(), False, 0.5
+
+
+def attention_backward():
+    for q, k, v, *options in attention():
+        q, k, v = (t.detach() for t in (q, k, v))
+        out, lse = torch.ops.sorted_kernels.attention(q, k, v, *options)
+        mask, counts, causal, scale = options
+        yield torch.randn_like(out), q, k, v, mask, counts, out, lse, causal, scale
+
+
 def staircase_adamw_():
     bands, options = [0, 0, 2, 3, 0, 2, 4, 1, 1, 0, 3, 1], (1e-3, 0.9, 0.99, 1e-8, 0.1)
     for dtype, masters in ((torch.float32, []), (torch.bfloat16, [(4, 5), (5,)])):
@@ -254,6 +271,7 @@ SAMPLES = {
         batch_norm, batch_norm_backward, group_norm, group_norm_backward,
         conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_accumulate,
         ragged_product_,
+        attention, attention_backward,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed

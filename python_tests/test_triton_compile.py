@@ -87,6 +87,15 @@ def test_float32_products_are_exact_unless_asked(compiled, capability):
     assert on_tensor_cores == {"forward 64x64x16 tf32"}
 
 
+def test_attention_uses_tensor_cores(compiled, capability):
+    """float32 too: three products of TF32 parts, because exact ones would spill."""
+    kernels = [k for k in compiled[capability] if k.name.startswith("_attention")]
+    assert len(kernels) == 21
+    half = "wgmma" if capability == 90 else "mma.sync"
+    assert [k for k in kernels if k.dtype in HALF and half not in k.instructions] == []
+    assert [k for k in kernels if not {"wgmma", "mma.sync"} & set(k.instructions)] == []
+
+
 def test_loads_of_products_are_16_bytes_and_asynchronous(compiled, capability):
     """Odd sizes too: their tiles inside the matrix have no mask."""
     products = [k for k in compiled[capability] if "linear" in k.name]

@@ -19,6 +19,7 @@ from sorted_kernels.errors import (
 from sorted_kernels.models import count_flops, count_parameters, elasticize, export
 from sorted_kernels.nn import activate, active
 from sorted_kernels.ops import (
+    attention,
     batch_norm,
     conv2d,
     embedding,
@@ -53,6 +54,7 @@ __all__ = [
     "SubmodelSpace",
     "activate",
     "active",
+    "attention",
     "batch_norm",
     "conv2d",
     "count_flops",

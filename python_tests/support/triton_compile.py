@@ -274,6 +274,34 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
     return cases
 
 
+def _attention_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]]:
+    """Each tiling, with and without a mask of its own rows, heads that fill no power of two."""
+    import torch
+
+    from sorted_kernels.triton import attention, attention_config, launch
+
+    limits = launch.DeviceLimits(1, SHARED_MEMORY[capability], large_tiles=capability == 90)
+
+    def run(head_dim, mask, counts, causal):
+        has_rows = mask is not None and mask.shape[2] > 1
+        configs = attention_config.choose_configs(head_dim, dtype, has_rows, limits)
+        q = torch.zeros(2, 64, 4, head_dim, dtype=dtype).transpose(1, 2)
+        k = torch.zeros(2, 64, 2, head_dim, dtype=dtype).transpose(1, 2)
+        out, lse = attention.attention(q, k, k, mask, counts, causal, 0.1, configs=configs)
+        attention.attention_backward(
+            q, q, k, k, mask, counts, out, lse, causal, 0.1, configs=configs
+        )
+
+    counts = torch.tensor([2, 4])
+    rows, padding = torch.zeros(1, 4, 64, 64, dtype=dtype), torch.zeros(2, 1, 1, 64).bool()
+    problems = [
+        (64, rows, counts, True), (80, rows, None, False), (64, None, None, False),
+        (128, padding, None, True),
+    ]  # fmt: skip
+    problems = problems[: {torch.float32: 2, torch.float16: 1}.get(dtype)]
+    return [(f"attention {p[0]} {i}", lambda p=p: run(*p)) for i, p in enumerate(problems)]
+
+
 class _TargetDriver:
     """Stands in for the CUDA driver where there is none: says which GPU to compile for."""
 
@@ -341,8 +369,13 @@ def _kernels(capability: int, dtypes: list[str]) -> list[dict]:
     _compile_instead_of_launching(capability, seen)
     for dtype_name in dtypes:
         dtype = getattr(torch, dtype_name)
-        gemm, conv = _gemm_cases(dtype, capability), _conv_cases(dtype, capability)
-        for label, call in gemm + conv + _row_cases(dtype):  # noqa: B007
+        cases = (
+            _gemm_cases(dtype, capability)
+            + _conv_cases(dtype, capability)
+            + _row_cases(dtype)
+            + _attention_cases(dtype, capability)
+        )
+        for label, call in cases:  # noqa: B007
             call()
     return [asdict(row) for row in rows.values()]
 
@@ -351,7 +384,7 @@ def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
     import torch
 
     from sorted_kernels.reference.conv2d import Geometry
-    from sorted_kernels.triton import conv2d, conv_config, gemm_config, linear
+    from sorted_kernels.triton import attention, conv2d, conv_config, gemm_config, linear
 
     hashes: dict[str, set[str]] = {}
     use = ""  # of a kernel that serves two
@@ -385,6 +418,11 @@ def _variants(sizes: list[tuple[int, int, int]]) -> dict[str, int]:
             use = ""
             conv2d.conv2d_wgrad_into(y, images, w, g, True, config=config)
         conv2d.bias_grad_into(y.contiguous(), filters[0, :wide, 0, 0], True)
+        q = torch.zeros(n, m, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
+        keys = torch.zeros(n, k, 2, 64, dtype=torch.bfloat16).transpose(1, 2)
+        mask, counts = torch.zeros(n, 1, m, k, dtype=torch.bool), torch.ones(n, dtype=torch.int64)
+        out, lse = attention.attention(q, keys, keys, mask, counts, True, 0.1)
+        attention.attention_backward(q, q, keys, keys, mask, counts, out, lse, True, 0.1)
     return {name: len(variants) for name, variants in hashes.items()}
 
 

@@ -15,6 +15,7 @@ from sorted_kernels.models.architectures import architecture_of
 from sorted_kernels.models.configured import build_smaller, refuse_saving
 from sorted_kernels.models.elasticize import ARCHITECTURE, PLAIN
 from sorted_kernels.nn.activation import DECLARED, active, forget_plan
+from sorted_kernels.nn.attention import PROJECTIONS, MultiheadAttention
 from sorted_kernels.nn.axis import forget_attributes
 from sorted_kernels.nn.batch_norm import BatchNorm
 from sorted_kernels.nn.layers import ElasticModule
@@ -53,6 +54,10 @@ def export(model: torch.nn.Module, submodel: Submodel) -> torch.nn.Module:
         for module in active_modules(model):
             if isinstance(module, ElasticModule):
                 memo[id(module)] = _plain_layer(module, shared, memo)
+        for module in active_modules(model):
+            if isinstance(module, MultiheadAttention):
+                parts = {name: memo[id(module.get_submodule(name))] for name in PROJECTIONS}
+                memo[id(module)] = module.plain(parts)
         # Innermost lists first: copying an outer one then finds the inner ones done.
         lists = [m for m in active_modules(model) if isinstance(m, DepthContainer)]
         blocks: DepthContainer
@@ -148,13 +153,18 @@ def count_flops(
     """
     # Imported here: the counter brings Triton along, which takes a second.
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def count(mode: contextlib.AbstractContextManager[Any]) -> int:
         counter = FlopCounterMode(display=False)
-        with active(model, submodel), reference_only(), torch.no_grad(), mode, counter:
+        products = sdpa_kernel(SDPBackend.MATH)  # attention as two products: fused are not known
+        context = active(model, submodel), reference_only(), torch.no_grad(), mode, products
+        with contextlib.ExitStack() as stack:
+            for each in (*context, counter):
+                stack.enter_context(each)
             if isinstance(input_shape, Mapping):
                 model(**{name: value.to(device) for name, value in input_shape.items()})
             elif isinstance(input_shape, Tensor):

@@ -1,6 +1,7 @@
 """Layers with elastic axes, and the switch between the sub-models of a model."""
 
 from sorted_kernels.nn.activation import activate, active, current, depth_lists, dimensions
+from sorted_kernels.nn.attention import MultiheadAttention
 from sorted_kernels.nn.axis import ElasticAxis
 from sorted_kernels.nn.batch_norm import BatchNorm1d, BatchNorm2d
 from sorted_kernels.nn.batch_norm_policy import (
@@ -28,6 +29,7 @@ __all__ = [
     "Linear",
     "LinearCrossEntropy",
     "ModuleList",
+    "MultiheadAttention",
     "RMSNorm",
     "Sequential",
     "activate",

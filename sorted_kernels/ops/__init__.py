@@ -1,6 +1,7 @@
 """Operations over the prefixes of shared weights: one file an op family."""
 
 from sorted_kernels.ops import gemm  # noqa: F401  (defines the compiled GEMM's op)
+from sorted_kernels.ops.attention import attention
 from sorted_kernels.ops.batch_norm import batch_norm
 from sorted_kernels.ops.conv2d import conv2d
 from sorted_kernels.ops.embedding import embedding
@@ -11,6 +12,7 @@ from sorted_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from sorted_kernels.ops.rms_norm import rms_norm
 
 __all__ = [
+    "attention",
     "batch_norm",
     "conv2d",
     "embedding",

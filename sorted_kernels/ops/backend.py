@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
+from sorted_kernels.ops.attention_dispatch import AttentionProblem, choose_attention
 from sorted_kernels.ops.dispatch import (
     DECODE_ROWS,
     Choice,
@@ -26,7 +27,7 @@ from sorted_kernels.ops.promotion import promoted
 
 OPS = (
     "linear", "layer_norm", "rms_norm", "embedding", "conv2d", "batch_norm", "group_norm",
-    "linear_cross_entropy",
+    "linear_cross_entropy", "attention",
 )  # fmt: skip
 
 
@@ -71,8 +72,8 @@ def _module(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"sorted_kernels.{choose(op, device_type).backend}.{op}")
 
 
-def machine(device: torch.device) -> Machine:
-    """What the choice for a linear product depends on besides the product itself."""
+def machine(device: torch.device, op: str = "linear") -> Machine:
+    """What the choice for a linear product, or for attention, depends on besides its sizes."""
     # The wgmma kernel joins here ("cuda") with the name that promotion has for it.
     built = frozenset({"triton"}) if has_triton() else frozenset()
     there = device.type == "cuda" and torch.cuda.is_available()
@@ -82,7 +83,7 @@ def machine(device: torch.device) -> Machine:
         forced=env.forced_backend(),
         experimental=env.experimental(),
         built=built,
-        promoted=built if promoted("linear") else frozenset(),
+        promoted=built if promoted(op) else frozenset(),
         interpreter=env.triton_interpreter(),
     )
 
@@ -148,6 +149,18 @@ def _linear_module(
     return importlib.import_module(f"sorted_kernels.{name}.linear")
 
 
+def attention_choice(problem: AttentionProblem, device: torch.device) -> Choice:
+    """The back end of an attention on a device, and why."""
+    if _reference_only:
+        return Choice("reference", "plain PyTorch was asked for")
+    return _attention_choice(problem, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _attention_choice(problem: AttentionProblem, device: torch.device) -> Choice:
+    return choose_attention(problem, _machine(device, "attention"))
+
+
 def in_plain_torch(op: str, x: Tensor) -> bool:
     """Whether an op on a tensor is PyTorch's own here, so that no kernel of ours takes part."""
     return implementation(op, x) is _reference(op)
@@ -209,5 +222,5 @@ def reset() -> None:
     """Forget the choices made, so that a changed environment is read again (for tests)."""
     global _generation
     _generation += 1
-    for cache in (_module, _machine, _linear_module, _compiled_allowed):
+    for cache in (_module, _machine, _linear_module, _compiled_allowed, _attention_choice):
         cache.cache_clear()

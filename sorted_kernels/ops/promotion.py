@@ -43,6 +43,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "linear_cross_entropy": (*_TRITON, "triton/linear_cross_entropy.py"),
     "embedding": (*_TRITON, "triton/embedding.py"),
+    "attention": (
+        "triton/device.py", "triton/launch.py", "triton/attention.py",
+        "triton/attention_backward.py", "triton/attention_tile.py", "triton/attention_config.py",
+    ),
     "cuda_linear": (
         "cuda/gemm.py", "cuda/linear.py", "csrc/kernels/gemm_sm90.cu",
         "csrc/kernels/gemm_sm90.cuh", "csrc/kernels/gemm_clip.cuh",
