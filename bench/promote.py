@@ -26,6 +26,7 @@ TESTS = {
     "conv2d": "test_triton_conv2d",
     "embedding": "test_triton_embedding",
     "attention": "test_triton_attention",
+    "linear_cross_entropy": "test_triton_linear_cross_entropy",
     "staircase_optimizer": "test_optimizer_device",
 }
 SANITIZED = ("exercise", "memcheck", "racecheck")
