@@ -33,17 +33,18 @@ def _views(
 ) -> Iterator[tuple[slice, int, tuple[Tensor, Tensor, Tensor, Tensor | None]]]:
     """Each run's samples, its number of heads, and views of those."""
     group = q.shape[1] // k.shape[1]
-    for samples, heads in runs_of(counts):
+    runs = list(runs_of(counts))
+    sizes = [samples.stop - samples.start for samples, _ in runs]
+    # Split, not sliced: the gradient of each slice would be as large as the whole batch.
+    parts = [t.split(sizes) for t in (q, k, v)] if runs else [[], [], []]
+    for (samples, heads), *each in zip(runs, *parts, strict=True):
         own = mask
         if own is not None:
             own = own if own.shape[0] == 1 else own[samples]
             own = own if own.shape[1] == 1 else own[:, :heads]
+        own_q, own_k, own_v = each
         kv_heads = heads // group
-        yield (
-            samples,
-            heads,
-            (q[samples, :heads], k[samples, :kv_heads], v[samples, :kv_heads], own),
-        )
+        yield samples, heads, (own_q[:, :heads], own_k[:, :kv_heads], own_v[:, :kv_heads], own)
 
 
 def heads_last(like: Tensor) -> Tensor:
