@@ -11,8 +11,9 @@ from sorted_kernels.nn.batch_norm_policy import (
 )
 from sorted_kernels.nn.conv import Conv2d
 from sorted_kernels.nn.conv1d import Conv1D
+from sorted_kernels.nn.embedding import Embedding
 from sorted_kernels.nn.group_norm import GroupNorm, InstanceNorm2d
-from sorted_kernels.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
+from sorted_kernels.nn.layers import LayerNorm, Linear, RMSNorm
 from sorted_kernels.nn.linear_cross_entropy import LinearCrossEntropy
 from sorted_kernels.nn.module_list import ModuleList, Sequential
 

@@ -17,7 +17,6 @@ from sorted_kernels.errors import OptionError, ShapeError
 from sorted_kernels.nn.axis import AxisSpec, ElasticAxis
 from sorted_kernels.ops.blocks import BlockCache, Blocks
 from sorted_kernels.ops.checks import active_block
-from sorted_kernels.ops.embedding import embedding_of_rows, run_embedding
 from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
 from sorted_kernels.ops.layer_norm import check_norm, layer_norm_on_blocks, run_layer_norm
 from sorted_kernels.ops.linear import check_linear, linear_of_rows, linear_on_blocks, run_linear
@@ -382,57 +381,6 @@ class RMSNorm(ElasticModule, torch.nn.RMSNorm):
         """A ``torch.nn.RMSNorm`` of the active width."""
         return torch.nn.RMSNorm(
             self.features_axis.active, self.eps, self.elementwise_affine, device="meta"
-        )
-
-
-class Embedding(ElasticModule, torch.nn.Embedding):
-    """``torch.nn.Embedding`` whose feature axis follows a named dimension.
-
-    Args:
-        num_embeddings: V, rows.
-        embedding_dim: K, stored features.
-        padding_idx: Row that receives no gradient.
-        device: As in torch.
-        dtype: As in torch.
-        dim: Dimension of the features.
-        grad_mode: See :meth:`ElasticModule.make_elastic`.
-    """
-
-    AXES = ("features",)
-    features_axis: ElasticAxis
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        dim: AxisSpec = None,
-        grad_mode: str = "inplace",
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self.make_elastic(grad_mode, features=ElasticAxis(dim, embedding_dim))
-
-    def forward(self, indices: Tensor, widths: RowWidths | None = None) -> Tensor:
-        """Look up the active features; or, for each place of a ragged batch, its in_features."""
-        weight = self.weight
-        slot, _, dense = self._gradient_path(weight)
-        padding = -1 if self.padding_idx is None else self.padding_idx
-        if widths is not None:
-            return embedding_of_rows(indices, weight, widths, padding, slot, dense)
-        features = self.features_axis.size()
-        return run_embedding(indices, weight, features, padding, slot, dense)
-
-    def active_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Weight (V, k)."""
-        return {"weight": (self.num_embeddings, self.features_axis.active)}
-
-    def stock(self) -> torch.nn.Module:
-        """A ``torch.nn.Embedding`` of the active width."""
-        return torch.nn.Embedding(
-            self.num_embeddings, self.features_axis.active, self.padding_idx, device="meta"
         )
 
 
