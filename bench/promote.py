@@ -25,6 +25,7 @@ TESTS = {
     "group_norm": "test_triton_channel_norm",
     "conv2d": "test_triton_conv2d",
     "embedding": "test_triton_embedding",
+    "linear_cross_entropy": "test_triton_linear_cross_entropy",
     "staircase_optimizer": "test_optimizer_device",
 }
 SANITIZED = ("exercise", "memcheck", "racecheck")

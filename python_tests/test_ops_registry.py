@@ -139,6 +139,25 @@ def convs():
             yield weight, block, geometry, x, torch.randn_like(y)
 
 
+def heads():
+    """Hidden states, a head that is wider, its bias, targets, and their options."""
+    for bias in (torch.randn(7), None):
+        target = torch.tensor([0, 6, -100, 3])
+        yield torch.randn(4, 5), torch.randn(7, 8), bias, target, -100, 0.1
+    yield torch.randn(1, 5).bfloat16(), torch.randn(7, 5).bfloat16(), None, target[:1].int(), 3, 0.0
+
+
+def linear_cross_entropy():
+    yield from heads()
+
+
+def linear_cross_entropy_backward():
+    for needs in ((True, True, True), (False, True, False), (True, False, False)):
+        for hidden, weight, bias, *rest in heads():
+            wanted = needs[:2] + (needs[2] and bias is not None,)
+            yield torch.randn(hidden.shape[0]), hidden, weight, bias, *rest, *wanted
+
+
 def conv2d():
     names = itertools.cycle(("gelu", "none", "relu", "silu"))
     for (weight, block, geometry, x, _), activation in zip(convs(), names, strict=False):
@@ -246,6 +265,7 @@ SAMPLES = {
         ragged_embedding_backward, ragged_linear_accumulate, ragged_embedding_accumulate,
         batch_norm, batch_norm_backward, group_norm, group_norm_backward,
         conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_accumulate,
+        linear_cross_entropy, linear_cross_entropy_backward,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed
@@ -280,6 +300,7 @@ def test_sizes_in_schemas_are_symbolic():
     """A plain int in a schema would compile a graph for every size."""
     sizes = (
         "out_features", "in_features", "features", "rows", "handle", "padding_idx", "num_groups",
+        "ignore_index",
         r"\[\] block", r"\[\] geometry", r"\[\] input_size",
     )  # fmt: skip
     for name in op_names():

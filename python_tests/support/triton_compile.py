@@ -197,6 +197,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         group_norm,
         layer_norm,
         linear,
+        linear_cross_entropy,
         rms_norm,
     )
     from sorted_kernels.triton import decode as decoding
@@ -259,6 +260,16 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
             torch.zeros(4, k, dtype=dtype), indices, runs, table, True
         )
 
+    def cross_entropy(k):
+        logits = torch.zeros(2, k + 64, dtype=dtype)[:, :k]
+        target, scale = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+        for smoothing, scaled, gradient in (
+            (0.0, None, True),
+            (0.1, scale, True),
+            (0.1, None, False),
+        ):
+            linear_cross_entropy.cross_entropy_(logits, target, scaled, -100, smoothing, gradient)
+
     cases = []
     for function, widths in (
         (layer, (63, 768, 4095, 8191, 8192, 16384)),
@@ -268,6 +279,7 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
         (sums, (63, 64)),
         (lookup, (63, 768)),
         (decode, (1023, 1024)),
+        (cross_entropy, (65, 49152)),
     ):
         for k in widths if dtype != torch.float16 else widths[-1:]:
             cases.append((f"{function.__name__} {k}", lambda f=function, k=k: f(k)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sorted_kernels.nn.layers import Linear
+from sorted_kernels.errors import OptionError
+from sorted_kernels.nn.layers import Linear, check_width
+from sorted_kernels.ops.gradient import GradientSlot
 from sorted_kernels.ops.linear_cross_entropy import run_linear_cross_entropy
 
 
@@ -24,6 +26,10 @@ class LinearCrossEntropy(torch.nn.Module):
     Shape:
         hidden (..., active in_features), or (E, ..., active in_features) for E exits, and target
         (...) -> a scalar, or (E,).
+
+    Raises:
+        OptionError: ``head`` is no linear layer, or has an activation.
+        ShapeError: In the forward: hidden is not as wide as the head's active input.
     """
 
     def __init__(
@@ -35,6 +41,10 @@ class LinearCrossEntropy(torch.nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        if not isinstance(head, torch.nn.Linear):
+            raise OptionError(f"head is a {type(head).__name__}; allowed is torch.nn.Linear")
+        if getattr(head, "activation", "none") != "none":
+            raise OptionError(f"head has the activation {head.activation!r}; allowed is none")
         self._head = (head,)  # in a tuple, or it would be a part of this module
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.reduction = reduction
@@ -44,14 +54,14 @@ class LinearCrossEntropy(torch.nn.Module):
         (head,) = self._head
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
-        paths = head._gradient_path(weight, bias) if isinstance(head, Linear) else _DENSE
-        if isinstance(head, Linear) and head.out_axis.active < weight.shape[0]:
-            words = head.out_axis.active
-            weight, bias = weight[:words], None if bias is None else bias[:words]
+        paths: tuple[GradientSlot | None, GradientSlot | None, bool] = (None, None, True)
+        if isinstance(head, Linear):
+            check_width(hidden, head.in_axis, "LinearCrossEntropy")
+            paths = head._gradient_path(weight, bias)
+            if head.out_axis.dimension is not None:
+                words = head.out_axis.size()
+                weight, bias = weight[:words], None if bias is None else bias[:words]
         return run_linear_cross_entropy(
             hidden, weight, bias, target, self.ignore_index, self.label_smoothing,
             reduction or self.reduction, *paths,
         )  # fmt: skip
-
-
-_DENSE = (None, None, True)

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from sorted_kernels.errors import DTypeError, GradientError, OptionError, ShapeError
-from sorted_kernels.ops.backend import implementation
+from sorted_kernels.errors import DeviceError, DTypeError, GradientError, OptionError, ShapeError
 from sorted_kernels.ops.checks import (
     autocast,
     check_input,
@@ -25,113 +24,19 @@ from sorted_kernels.ops.checks import (
     embed_prefix,
 )
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, detached, lands
-from sorted_kernels.ops.library import LIBRARY
+from sorted_kernels.ops.linear_cross_entropy_ops import losses_of, run_with
 from sorted_kernels.reference.linear_cross_entropy import Gradients, wide_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
-
-LIBRARY.define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target,"
-    " SymInt ignore_index, float label_smoothing) -> Tensor"
-)
-LIBRARY.define(
-    "linear_cross_entropy_backward(Tensor scale, Tensor hidden, Tensor weight, Tensor? bias,"
-    " Tensor target, SymInt ignore_index, float label_smoothing,"
-    " bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
-)
-
-
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The weight as it is; under autocast its block in the hidden states' dtype."""
-    if weight.dtype == hidden.dtype:
-        return weight, bias
-    block = weight[:, : hidden.shape[1]].to(hidden.dtype)
-    return block, None if bias is None else bias.to(hidden.dtype)
-
-
-def _losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """Losses (R,) of rows (R, k)."""
-    run = implementation("linear_cross_entropy", hidden).linear_cross_entropy
-    head, shift = _head(hidden, weight, bias)
-    return run(hidden, head, shift, target, None, ignore_index, label_smoothing, None)
-
-
-def _backward(
-    scale: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden (R, k), weight's block (V, k) and bias (V,); empty where not needed."""
-    words, k = weight.shape[0], hidden.shape[1]
-    dx = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
-    dw = weight.new_empty((words, k) if need_weight else 0)
-    db = weight.new_empty(words if need_bias else 0)
-    places = Gradients(
-        dx if need_hidden else None, dw if need_weight else None, db if need_bias else None
-    )
-    run = implementation("linear_cross_entropy", hidden).linear_cross_entropy
-    head, shift = _head(hidden, weight, bias)
-    run(hidden, head, shift, target, scale, ignore_index, label_smoothing, places)
-    return dx, dw, db
-
-
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("linear_cross_entropy", _losses, _device)
-    LIBRARY.impl("linear_cross_entropy_backward", _backward, _device)
-
-
-@torch.library.register_fake("sorted_kernels::linear_cross_entropy", lib=LIBRARY)
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    torch._check(hidden.shape[1] <= weight.shape[1])
-    return hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden.dtype))
-
-
-@torch.library.register_fake("sorted_kernels::linear_cross_entropy_backward", lib=LIBRARY)
-def _backward_fake(
-    scale: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    words, k = weight.shape[0], hidden.shape[1]
-    return (
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        weight.new_empty((words, k) if need_weight else 0),
-        weight.new_empty(words if need_bias else 0),
-    )
+Unit = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Gradients of hidden, weight and bias for an upstream gradient of one."""
 
 
 class _LinearCrossEntropy(Function):
     """Losses of E exits of N rows each, (E,) reduced or (E N,) not.
 
-    ``factor`` is what the reduction multiplies a row's loss by, or None where it does not reduce.
+    ``factor`` is what the reduction multiplies a row's loss by, or None where it does not reduce;
+    ``ahead`` says that a backward can be expected, so that the forward has its gradients ready.
     """
 
     @staticmethod
@@ -148,23 +53,29 @@ class _LinearCrossEntropy(Function):
         weight_slot: GradientSlot | None,
         bias_slot: GradientSlot | None,
         dense: bool,
+        ahead: bool,
         anchor: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, target, factor)
         ctx.exits, ctx.options = exits, (ignore_index, label_smoothing)
         ctx.slots, ctx.dense = (weight_slot, bias_slot), dense
-        ctx.gradients = None
-        wants = (
+        ctx.wants = (
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1] or weight_slot is not None,
             bias is not None and (ctx.needs_input_grad[2] or bias_slot is not None),
         )
-        ctx.wants = wants
-        if factor is None or is_compiling() or not any(wants):
-            run = torch.ops.sorted_kernels.linear_cross_entropy if is_compiling() else _losses
-            losses = run(hidden, weight, bias, target, ignore_index, label_smoothing)
+        ctx.ahead = ahead and factor is not None and any(ctx.wants)
+        found: Unit = (None, None, None)
+        if ctx.ahead:
+            found = _unit_gradients(hidden, weight, bias, ctx.wants)
+            places = Gradients(*found)
+            losses = run_with(
+                hidden, weight, bias, target, None, ignore_index, label_smoothing, places
+            )
         else:
-            losses = _with_gradients(ctx, hidden, weight, bias, target, factor)
+            run = torch.ops.sorted_kernels.linear_cross_entropy if is_compiling() else losses_of
+            losses = run(hidden, weight, bias, target, *ctx.options)
+        # Saved as tensors are, the gradients are gone after the backward, whoever keeps the loss.
+        ctx.save_for_backward(hidden, weight, bias, target, factor, *found)
         return losses if factor is None else losses.view(exits, -1).sum(1) * factor
 
     @staticmethod
@@ -172,93 +83,96 @@ class _LinearCrossEntropy(Function):
         if torch.is_grad_enabled():
             if not ctx.dense:
                 raise GradientError(IN_PLACE_TWICE)
-            return (*_differentiable(ctx, dy), *[None] * 9)
-        hidden, weight, bias, target, factor = ctx.saved_tensors
-        words, k = weight.shape[0], hidden.shape[1]
+            return (*_differentiable(ctx, dy), *[None] * 10)
+        hidden, weight, bias, target, factor, *found = ctx.saved_tensors
+        scale = dy if factor is None else dy * factor.masked_fill(factor.isinf(), 0)
         # One factor for all rows, if the forward has gone ahead and the exits' factors agree.
-        ahead = ctx.gradients
-        if ahead is not None and ctx.exits > 1 and not bool((dy == dy[0]).all()):
-            ahead = None
+        ready = ctx.ahead and (ctx.exits == 1 or dy.stride(0) == 0 or bool((dy == dy[0]).all()))
+        if not ready and factor is not None:
+            rows = hidden.shape[0] // ctx.exits
+            scale = scale.unsqueeze(1).expand(ctx.exits, rows).reshape(-1)
         if not ctx.dense and not is_compiling():
-            return _land(ctx, dy, ahead), *[None] * 11
-        if ahead is None:
-            run = torch.ops.sorted_kernels.linear_cross_entropy_backward
-            scale = _scale_of_rows(dy, factor, ctx.exits, hidden)
-            dx, dw, db = run(scale, hidden, weight, bias, target, *ctx.options, *ctx.wants)
+            return _land(ctx, scale, found if ready else None), *[None] * 12
+        if ready:
+            dx, dw, db = (
+                None if part is None else _times(part, scale, like)
+                for part, like in zip(found, (hidden, weight, bias), strict=True)
+            )
         else:
-            dx, dw, db = (None if part is None else part * dy[0].to(part.dtype) for part in ahead)
-        dx, dw, db = (
-            part if wanted else None for part, wanted in zip((dx, dw, db), ctx.wants, strict=True)
-        )
+            run = torch.ops.sorted_kernels.linear_cross_entropy_backward
+            scale = scale.contiguous()
+            every = run(scale, hidden, weight, bias, target, *ctx.options, *ctx.wants)
+            dx, dw, db = (
+                part if wanted else None for part, wanted in zip(every, ctx.wants, strict=True)
+            )
         if not ctx.dense:
             for slot, part in zip(ctx.slots, (dw, db), strict=True):
                 if lands(slot) and part is not None:
                     torch.ops.sorted_kernels.accumulate_prefix(part, slot.token, slot.handle)
-            return dx, *[None] * 11
-        weight_slot, bias_slot = ctx.slots
+            return dx, *[None] * 12
+        weight_slot, bias_slot = (None, None) if is_compiling() else ctx.slots
         if weight_slot is not None:
-            weight_slot.expect(words, k)
+            weight_slot.expect(weight.shape[0], hidden.shape[1])
         if bias_slot is not None:
-            bias_slot.expect(words)
-        return dx, None if dw is None else embed_prefix(dw, weight.shape), db, *[None] * 9
+            bias_slot.expect(weight.shape[0])
+        return dx, None if dw is None else embed_prefix(dw, weight.shape), db, *[None] * 10
 
 
-def _with_gradients(
-    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor
-) -> Tensor:
-    """Losses (R,), and the gradients of their reduction for an upstream gradient of one."""
-    words, k = weight.shape[0], hidden.shape[1]
-    wants_hidden, wants_weight, wants_bias = ctx.wants
-    ctx.gradients = (
-        torch.empty_like(hidden) if wants_hidden else None,
-        weight.new_empty(words, k) if wants_weight else None,
-        weight.new_empty(words) if wants_bias else None,
-    )
-    run = implementation("linear_cross_entropy", hidden).linear_cross_entropy
-    head, shift = _head(hidden, weight, bias)
-    scale = factor.to(wide_dtype(hidden.dtype)).expand(hidden.shape[0])
-    return run(
-        hidden, head, shift, target, scale.contiguous(), *ctx.options, Gradients(*ctx.gradients)
+def _unit_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, bool, bool]
+) -> Unit:
+    """Places for the gradients of the sum of all losses.
+
+    What the sum is to be multiplied by is known in the backward: in half precision, neither its
+    smallness (a mean) nor its size (a loss scale) can then push single gradients out of range. The
+    sums over rows stay in float32 until then.
+    """
+    words, k, wide = weight.shape[0], hidden.shape[1], wide_dtype(weight.dtype)
+    return (
+        torch.empty_like(hidden) if wants[0] else None,
+        weight.new_empty(words, k, dtype=wide) if wants[1] else None,
+        weight.new_empty(words, dtype=wide) if wants[2] else None,
     )
 
 
-def _scale_of_rows(dy: Tensor, factor: Tensor | None, exits: int, hidden: Tensor) -> Tensor:
-    """Upstream gradients (R,) of the rows' losses."""
-    if factor is None:
-        return dy.contiguous()
-    rows = hidden.shape[0] // exits
-    return (dy * factor).repeat_interleave(rows).to(wide_dtype(hidden.dtype))
+def _times(part: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    """A unit gradient times the first of the scales, rounded once to the dtype of ``like``."""
+    return torch.mul(part, scale[:1], out=torch.empty_like(part, dtype=like.dtype))
 
 
-def _land(ctx: Any, dy: Tensor, ahead: tuple[Tensor | None, ...] | None) -> Tensor | None:
-    """Gradients of weight and bias straight into their parameters'; returns that of hidden."""
-    hidden, weight, bias, target, factor = ctx.saved_tensors
+def _land(ctx: Any, scale: Tensor, found: list[Tensor | None] | None) -> Tensor | None:
+    """Gradients of weight and bias straight into their parameters'; returns that of hidden.
+
+    Args:
+        ctx: Of the forward.
+        scale: What the gradients in ``found`` are multiplied by (its first element), or else the
+            upstream gradients (R,) of the rows.
+        found: Gradients for an upstream gradient of one, if the forward has them.
+    """
+    hidden, weight, bias, target = ctx.saved_tensors[:4]
     sizes = ((weight.shape[0], hidden.shape[1]), (weight.shape[0], 1))
-    wanted = [slot if lands(slot) else None for slot in ctx.slots]
-    places = [None if s is None else s.prefix(*size) for s, size in zip(wanted, sizes, strict=True)]
-    if ahead is not None:
-        for place, part in zip(places, ahead[1:], strict=True):
-            if place is not None and part is not None:
-                view, accumulate = place
-                if accumulate:
-                    view.addcmul_(part, dy[0].to(part.dtype))
-                else:
-                    torch.mul(part, dy[0].to(part.dtype), out=view)
-        return None if ahead[0] is None else ahead[0] * dy[0].to(ahead[0].dtype)
-    dx = torch.empty_like(hidden) if ctx.wants[0] else None
-    views = [None if place is None else place[0] for place in places]
-    accumulate = [place is not None and place[1] for place in places]
-    gradients = Gradients(dx, views[0], views[1], (accumulate[0], accumulate[1]))
-    run = implementation("linear_cross_entropy", hidden).linear_cross_entropy
-    head, shift = _head(hidden, weight, bias)
-    scale = _scale_of_rows(dy, factor, ctx.exits, hidden)
-    run(hidden, head, shift, target, scale, *ctx.options, gradients)
-    return dx
+    (dw, add_dw), (db, add_db) = (
+        slot.prefix(*size) if lands(slot) else (None, False)
+        for slot, size in zip(ctx.slots, sizes, strict=True)
+    )
+    if found is None:
+        dx = torch.empty_like(hidden) if ctx.wants[0] else None
+        places = Gradients(dx, dw, db, (add_dw, add_db))
+        scale = scale.contiguous()
+        ignore_index, label_smoothing = ctx.options
+        run_with(hidden, weight, bias, target, scale, ignore_index, label_smoothing, places)
+        return dx
+    for view, accumulate, part in ((dw, add_dw, found[1]), (db, add_db, found[2])):
+        if view is not None and accumulate:
+            view.addcmul_(part, scale[:1])  # type: ignore[arg-type]
+        elif view is not None:
+            torch.mul(part, scale[:1], out=view)  # type: ignore[arg-type]
+    return None if found[0] is None else _times(found[0], scale, hidden)
 
 
 def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Gradients in PyTorch operations that can be differentiated again; logits are whole here."""
-    hidden, weight, bias, target, factor = ctx.saved_tensors
+    hidden, weight, bias, target, factor = ctx.saved_tensors[:5]
     ignore_index, label_smoothing = ctx.options
     block = weight[:, : hidden.shape[1]].to(hidden.dtype)
     shift = None if bias is None else bias.to(hidden.dtype)
@@ -289,6 +203,8 @@ def _check(
         check_same_dtype(bias, hidden, "bias")
         if bias.shape[0] != weight.shape[0]:
             raise ShapeError(f"bias has {bias.shape[0]} elements, weight {weight.shape[0]} rows")
+    if target.device != hidden.device:
+        raise DeviceError(f"target is on {target.device}, hidden on {hidden.device}")
     if target.dtype not in (torch.int64, torch.int32):
         raise DTypeError(f"target has dtype {target.dtype}; allowed are int64 and int32")
     if target.shape not in (hidden.shape[:-1], hidden.shape[1:-1]):
@@ -296,6 +212,8 @@ def _check(
             f"target has shape {tuple(target.shape)} and hidden {tuple(hidden.shape)}; allowed are "
             "hidden (..., k), or (E, ..., k) for E exits, with target (...)"
         )
+    if target.shape != hidden.shape[:-1] and hidden.shape[0] < 1:
+        raise ShapeError(f"hidden has shape {tuple(hidden.shape)}; it needs at least one exit")
     if target.device.type == "cpu" and not is_compiling():  # on a GPU it would have to be awaited
         wrong = (target != ignore_index) & ((target < 0) | (target >= weight.shape[0]))
         if wrong.any():
@@ -341,7 +259,7 @@ def run_linear_cross_entropy(
         weight, bias, anchor = weight.detach(), detached(bias), ANCHOR
     losses = _LinearCrossEntropy.apply(
         rows, weight, bias, words, exits, factor, ignore_index, label_smoothing,
-        weight_slot, bias_slot, dense, anchor,
+        weight_slot, bias_slot, dense, torch.is_grad_enabled() and not is_compiling(), anchor,
     )  # fmt: skip
     if factor is None:
         return losses.view(shape)

@@ -72,16 +72,17 @@ def _cross_entropy_kernel(
         if SMOOTH:
             plain += tl.where(cols < n_words, z, 0.0)
     highest = tl.max(top, axis=0)
-    lse = highest + tl.log(tl.sum(total * tl.exp(top - highest), axis=0))
+    # Not added to the highest, which may be so far from zero that it would be lost.
+    log_sum = tl.log(tl.sum(total * tl.exp(top - highest), axis=0))
     # A target outside the vocabulary reads no memory and shows as NaN; a check would cost a sync.
     known = (target >= 0) & (target < n_words)
     at_target = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
-    loss = lse - at_target
+    loss = (highest - at_target) + log_sum
     share = 0.0
     if SMOOTH:
         share = label_smoothing / n_words
         average = tl.sum(plain, axis=0) / n_words
-        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - average)
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * ((highest - average) + log_sum)
     tl.store(losses_ptr + row, tl.where(kept, loss, 0.0))
     if GRADIENT:
         tl.debug_barrier()  # one thread has read the target's logit, another writes its gradient
@@ -91,7 +92,7 @@ def _cross_entropy_kernel(
         for start in range(0, n_words, BLOCK):
             z, cols, mask = _words(row_ptr, start, n_words, width, BLOCK)
             hit = tl.where(cols == target, 1.0 - label_smoothing, 0.0)
-            dz = scale * (tl.exp(z - lse) - share - hit)
+            dz = scale * (tl.exp((z - highest) - log_sum) - share - hit)
             dz = tl.where(kept, tl.where(known, dz, float("nan")), 0.0)
             tl.store(row_ptr + cols, narrow(dz, logits_ptr), mask=mask)
 
@@ -108,8 +109,8 @@ def cross_entropy_(
 
     Args:
         logits: (r, V) with unit inner stride; its rows have memory up to a multiple of 16.
-        target: (r,) dense integers; one outside the vocabulary makes loss and gradient NaN.
-        scale: (r,) dense, or None for ones.
+        target: (r,) integers; one outside the vocabulary makes loss and gradient NaN.
+        scale: (r,), or None for ones.
         ignore_index: Target of rows that have no loss and no gradient.
         label_smoothing: From 0 to 1.
         gradient: Whether the gradient is wanted; the logits stay as they are if not.
@@ -119,6 +120,7 @@ def cross_entropy_(
     """
     rows, words = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    target, scale = target.contiguous(), None if scale is None else scale.contiguous()
     if rows > 0:
         launch(
             _cross_entropy_kernel, (rows,),
