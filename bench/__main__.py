@@ -16,6 +16,7 @@ from bench import (
     bench_conv,
     bench_host,
     bench_kernels,
+    bench_linear_cross_entropy,
     bench_linear_step,
     bench_llama_block,
     bench_model_step,
@@ -35,6 +36,7 @@ FAMILIES = {
     "anytime": bench_anytime.cases,
     "ragged": bench_ragged.cases,
     "kernels": bench_kernels.cases,
+    "linear_cross_entropy": bench_linear_cross_entropy.cases,
     "host": bench_host.cases,
 }
 
