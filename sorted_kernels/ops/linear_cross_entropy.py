@@ -100,7 +100,6 @@ class _LinearCrossEntropy(Function):
             )
         else:
             run = torch.ops.sorted_kernels.linear_cross_entropy_backward
-            scale = scale.contiguous()
             every = run(scale, hidden, weight, bias, target, *ctx.options, *ctx.wants)
             dx, dw, db = (
                 part if wanted else None for part, wanted in zip(every, ctx.wants, strict=True)
@@ -158,7 +157,6 @@ def _land(ctx: Any, scale: Tensor, found: list[Tensor | None] | None) -> Tensor 
     if found is None:
         dx = torch.empty_like(hidden) if ctx.wants[0] else None
         places = Gradients(dx, dw, db, (add_dw, add_db))
-        scale = scale.contiguous()
         ignore_index, label_smoothing = ctx.options
         run_with(hidden, weight, bias, target, scale, ignore_index, label_smoothing, places)
         return dx
