@@ -17,6 +17,7 @@ from bench import (
     bench_conv,
     bench_host,
     bench_kernels,
+    bench_linear_cross_entropy,
     bench_linear_step,
     bench_llama_block,
     bench_model_step,
@@ -37,6 +38,7 @@ FAMILIES = {
     "ragged": bench_ragged.cases,
     "attention": bench_attention.cases,
     "kernels": bench_kernels.cases,
+    "linear_cross_entropy": bench_linear_cross_entropy.cases,
     "host": bench_host.cases,
 }
 

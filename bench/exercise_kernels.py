@@ -202,6 +202,29 @@ def exercise_attention(dtype: torch.dtype, masked: bool, device: torch.device) -
     return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
 
 
+def exercise_head(exits: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Largest difference of a head's cross-entropy and gradients from those in float64.
+
+    Exits count differently, so that the backward computes them anew.
+    """
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(exits, ROWS, ACTIVE, generator=generator).to(dtype)
+    head = sk.nn.Linear(FEATURES, TABLE, dtype=dtype, in_dim="features")
+    exact = copy.deepcopy(head).double()
+    head.to(device)
+    target = torch.randint(TABLE, (ROWS,), generator=generator)
+    target[::5] = -100
+    results = []
+    for layer, x in ((head, hidden.to(device)), (exact, hidden.double())):
+        sk.activate(layer, sk.Submodel(features=ACTIVE))
+        leaf = x.requires_grad_()
+        losses = sk.nn.LinearCrossEntropy(layer, label_smoothing=0.1)(leaf, target.to(x.device))
+        losses.backward(torch.arange(1, exits + 1).to(losses))
+        results.append([losses, leaf.grad, *(p.grad for p in layer.parameters())])
+    pairs = zip(*results, strict=True)
+    return max(relative_difference(ours.cpu(), right) for ours, right in pairs)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exercise everything; 0 if all results are right."""
     parser = argparse.ArgumentParser(prog="python -m bench.exercise_kernels", description=__doc__)
@@ -235,6 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
         layout = "channels_last" if last else "contiguous"
         label = f"convolution, {name}, {layout}, {str(dtype).removeprefix('torch.')}"
         note(label, partial(exercise_conv, name, last, dtype, device), TOLERANCES[dtype])
+    heads = itertools.product(TOLERANCES, (1, 3)) if device.type == "cuda" else ()
+    for dtype, exits in heads:
+        label = f"linear cross-entropy, exits {exits}, {str(dtype).removeprefix('torch.')}"
+        note(label, partial(exercise_head, exits, dtype, device), TOLERANCES[dtype])
     return 0 if all(verdict.startswith("right") for verdict in verdicts) else 1
 
 

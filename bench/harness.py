@@ -58,7 +58,8 @@ class Case:
         bytes: Least memory traffic needed.
         cache: ``hot`` or ``cold``.
         clock: ``device`` (time until the work is done), ``kernel`` (the same, with launches hidden
-            behind earlier work on a GPU) or ``host`` (time until the call returns).
+            behind earlier work on a GPU), ``host`` (time until the call returns) or ``memory``
+            (calls return megabytes, and are not timed).
         tolerance: Largest norm-wise relative difference between two outcomes.
         goals: What the library's contestants aim at.
     """
@@ -247,6 +248,11 @@ def run_case(case: Case, seconds: float) -> list[Row]:
         DisagreementError: They do not compute the same thing.
     """
     contestants = {provider: build() for provider, build in case.contestants.items()}
+    if case.clock == "memory":
+        return [
+            make_row(case, provider, [float(each.call())], "MB")  # type: ignore
+            for provider, each in contestants.items()
+        ]
     check_agreement(case, contestants)
     samples = interleave(case, contestants, seconds)
     return [make_row(case, provider, values) for provider, values in samples.items()]

@@ -176,7 +176,7 @@ def _judge(results: Results) -> dict[tuple[str, Goal], list[tuple[Problem, float
     """Each goal's problems with the ratio reached, None where there was nothing to compare with."""
     found: dict[tuple[str, Goal], list[tuple[Problem, float | None]]] = {}
     for problem, times in results.problems.items():
-        if "ours" not in times or problem.metric not in SECONDS:
+        if "ours" not in times or problem.metric not in (*SECONDS, "MB"):
             continue
         sizes = sizes_of(problem.sizes)
         try:

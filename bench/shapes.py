@@ -226,6 +226,19 @@ class AttentionShape:
         )
 
 
+@dataclass(frozen=True)
+class HeadShape:
+    """E exits of N rows of k features under a head of V words."""
+
+    E: int
+    N: int
+    k: int
+    V: int
+
+    def __str__(self) -> str:
+        return format_sizes(E=self.E, N=self.N, k=self.k, V=self.V)
+
+
 def _fractions_of(N: int, M: int, K: int) -> list[LinearShape]:
     return [LinearShape(N, M, K, int(M * f), int(K * f)) for f in FRACTIONS]
 
@@ -251,6 +264,7 @@ ATTENTION_GPU = [
 ]
 ATTENTION_QUICK = AttentionShape(2, 2, 8, 32, 2, 2)
 RAGGED_QUICK = RaggedShape(32, 64, 64, 4)
+HEAD, HEAD_QUICK = HeadShape(8, 512, 576, 49152), HeadShape(3, 16, 8, 100)
 ANYTIME = [ModelShape(batch, 12, 8) for batch in (1, 64, 360, 1024)]
 
 CONV_STEP_CPU = [

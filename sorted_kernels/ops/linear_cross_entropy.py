@@ -100,7 +100,7 @@ class _LinearCrossEntropy(Function):
             )
         else:
             run = torch.ops.sorted_kernels.linear_cross_entropy_backward
-            every = run(scale.clone(), hidden, weight, bias, target, *ctx.options, *ctx.wants)
+            every = run(scale, hidden, weight, bias, target, *ctx.options, *ctx.wants)
             dx, dw, db = (
                 part if wanted else None for part, wanted in zip(every, ctx.wants, strict=True)
             )
@@ -158,9 +158,7 @@ def _land(ctx: Any, scale: Tensor, found: list[Tensor | None] | None) -> Tensor 
         dx = torch.empty_like(hidden) if ctx.wants[0] else None
         places = Gradients(dx, dw, db, (add_dw, add_db))
         ignore_index, label_smoothing = ctx.options
-        run_with(
-            hidden, weight, bias, target, scale.clone(), ignore_index, label_smoothing, places
-        )  # dense, as kernels read it: an upstream gradient may be an expanded scalar
+        run_with(hidden, weight, bias, target, scale, ignore_index, label_smoothing, places)
         return dx
     for view, accumulate, part in ((dw, add_dw, found[1]), (db, add_db, found[2])):
         if view is not None and accumulate:

@@ -43,10 +43,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rows_of_chunk(rows: int, row_bytes: int, device_type: str) -> int:
-    """Rows of a chunk: as many as memory allows, but the same (one less at most) for all chunks."""
-    most = max(MIN_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // max(row_bytes, 1))
-    chunks = -(-rows // most)
-    return -(-rows // max(chunks, 1))
+    """Rows of a chunk: as many as memory allows, so that more rows do not make chunks larger."""
+    most = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // max(row_bytes, 1)
+    return min(rows, max(MIN_ROWS, most))
 
 
 def cross_entropy_(
