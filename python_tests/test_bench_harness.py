@@ -146,7 +146,7 @@ def test_contestants_without_an_outcome_are_called_but_not_compared(right):
 
 def turns(log, names):
     """The log of an interleaved run, after the search for repeats, as one order a round."""
-    log = log[len(log) % (2 * len(names)) :]  # hot: one call to warm up, one in the sample
+    log = log[len(log) % (2 * len(names)) :]  # hot: as many calls to warm up as in the sample
     assert log[::2] == log[1::2], "who is timed is who was called before"
     return [tuple(log[i : i + 2 * len(names) : 2]) for i in range(0, len(log), 2 * len(names))]
 
