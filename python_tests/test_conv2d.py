@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import sorted_kernels as sk
 from sorted_kernels.ops.conv2d_ops import _is_linear
 from sorted_kernels.ops.gradient import staircase_of
-from sorted_kernels.reference.conv2d import Geometry
+from sorted_kernels.reference.conv2d import Geometry, is_mirrored
 from support.conv import FORMATS, KINDS, Conv, assert_zero_outside, pair
 from support.oracle import DTYPES, Outcome, assert_within_twice, outcome
 from support.poison import assert_same_bits, in_larger_buffer
@@ -364,8 +364,39 @@ def test_the_route_follows_what_runs(monkeypatch):
     note()
     take(monkeypatch, "node")
     note()
-    lean, node = "_Conv2dOnBlocksBackward", "_Conv2dBackward"
+    lean, node = "ConvolutionBackward0", "_Conv2dBackward"
     assert names == [lean, node, "SqueezeBackward1", node, lean, node]
+
+
+@pytest.mark.parametrize(
+    ("name", "lean"),
+    [("dense", True), ("pointwise", True), ("strided", False), ("depthwise", False)],
+)
+def test_where_pytorch_is_slower_a_node_of_ours_runs(name, lean):
+    """Products, and dgrads with a mirrored kernel: contiguous activations that want gradients."""
+    conv = KINDS[name]
+    layer = layer_with(conv, conv.blocks(torch.float32))
+    found = []
+    for form in FORMATS:
+        x = conv.input(torch.float32, form)
+        found += [type(layer(x.requires_grad_(wants)).grad_fn).__name__ for wants in (True, False)]
+    ours, theirs = "_Conv2dOnBlocksBackward", "ConvolutionBackward0"
+    alone = ours if name == "pointwise" else theirs
+    assert found == ([ours, alone] if lean else [theirs, theirs]) + [theirs] * (len(found) - 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "padding", "mirrored"),
+    [(15, 3, 2, True), (15, 3, 0, True), (16, 3, 1, False), (4, 3, 3, False), (4, 1, 1, False)],
+)
+def test_dgrad_with_a_mirrored_kernel(channels, kernel, padding, mirrored):
+    """Below 16 channels of y, where the kernel reaches as far as the padding."""
+    conv = Conv(full=(24, 9), active=(channels, 5), kernel=kernel, padding=padding)
+    x, blocks = conv.input(torch.float32), conv.blocks(torch.float32)
+    pairs = (pair(value) for value in (1, padding, 1))
+    assert is_mirrored(x, blocks["weight"], Geometry(*pairs, 1)) is mirrored
+    dy = conv.upstream(x)
+    assert_conv(conv, run_layer(layer_with(conv, blocks), x, dy), x, blocks, dy)
 
 
 @in_place_routes
