@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,8 @@ def evaluate(
 
     Raises:
         SpaceError: The space is empty.
-        OptionError: The metric is unknown, the loader is empty, or the inputs are not a tensor and
-            ``input_shape`` is not given.
+        OptionError: The metric is unknown, the loader is empty, or the inputs are neither a tensor
+            nor a mapping of tensors and ``input_shape`` is not given.
         ShapeError: Outputs and targets do not fit the named metric.
         DimensionError: A sub-model does not fit the model.
     """
@@ -122,7 +122,7 @@ class _Tally:
         count = float(self.count)
         return float(self.sum) / count if count else math.nan
 
-    def row(self, model: torch.nn.Module, shape: tuple[int, ...] | torch.Tensor) -> Row:
+    def row(self, model: torch.nn.Module, shape: Any) -> Row:
         metric = self.value()
         parameters = count_parameters(model, self.submodel)
         flops = count_flops(model, self.submodel, shape)
@@ -222,7 +222,9 @@ def move(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _one_sample(inputs: Any) -> torch.Tensor:
+def _one_sample(inputs: Any) -> torch.Tensor | dict[str, torch.Tensor]:
+    if isinstance(inputs, Mapping):
+        return {name: value[:1] for name, value in inputs.items()}
     if not isinstance(inputs, torch.Tensor):
         raise OptionError(
             f"input_shape is needed to count FLOPs where inputs are a {type(inputs).__name__}"
