@@ -149,6 +149,7 @@ def fake_gpu(monkeypatch):
 
 
 def test_what_a_call_says_of_itself(fake_gpu):
+    pytest.importorskip("triton", reason="Triton is not installed")
     asked, on_gpu = fake_gpu
     parent = torch.empty(64, 40, dtype=BF16)
     x, weight = on_gpu(torch.empty(3, 5, 24, dtype=BF16)), on_gpu(parent)
