@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sorted_kernels.triton.column_sum import column_sum_into
 from sorted_kernels.triton.device import known_multiple, narrow
-from sorted_kernels.triton.epilogue import store_activated
+from sorted_kernels.triton.epilogue import store_activated, store_sums
 from sorted_kernels.triton.gemm import multiply_tile, output_tile, tile_origin
 from sorted_kernels.triton.gemm_config import GemmConfig
 from sorted_kernels.triton.gemm_launch import launch_gemm, like_strided
@@ -141,10 +141,7 @@ def _ragged_linear_wgrad_kernel(
         False, False, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         a_limits_ptr=out_rows_ptr, b_limits_ptr=in_rows_ptr,
     )  # fmt: skip
-    offsets, mask = output_tile(out_stride, row, col, m, k, BLOCK_M, BLOCK_N)
-    if ACCUMULATE:
-        total += tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, narrow(total, out_ptr), mask=mask)
+    store_sums(total, out_ptr, out_stride, row, col, m, k, ACCUMULATE)
 
 
 def _max_registers(x: Tensor, aligned: bool) -> int | None:
