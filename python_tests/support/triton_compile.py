@@ -251,7 +251,13 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
 
     def decode(k):
         x, y = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1024, dtype=dtype)
-        decoding.linear_split(x, weight.view(-1, 1024)[:, :k], weight, y[:, :k], y, 2, "gelu")
+        table, rows = weight.view(-1, 1024)[:, :k], torch.ones(4, dtype=torch.int32)
+        out = y.view(-1)[: 4 * k].view(4, k)
+        decoding.split_product(x, table, out, 2, bias=weight, z=y, activation="gelu")
+        decoding.split_product(x, table, out, 2, transposed=False)
+        each = {"limits": rows, "widths": rows, "aligned": k % 16 == 0}
+        decoding.split_product(x, table, out, 2, bias=weight, z=y, activation="gelu", **each)
+        decoding.split_product(x, table, out, 2, transposed=False, **each)
 
     def lookup(k):
         indices, table = torch.zeros(4, dtype=torch.int64), weight.view(16, 1024)
