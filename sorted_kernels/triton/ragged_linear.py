@@ -207,7 +207,11 @@ def ragged_dgrad(
     """
     sizes = row_sizes(runs, dy.device)
     dx = dy.new_empty((sizes.n_rows, sizes.in_features))
-    splits = 1 if config is not None else choose_splits(*dx.shape, sizes.out_features, dy)
+    splits = (
+        1
+        if config is not None
+        else choose_splits(sizes.n_rows, sizes.in_features, sizes.out_features, dy)
+    )
     if splits > 1:
         split_product(
             dy, weight, dx, splits, reduction=sizes.out_features, transposed=False,
