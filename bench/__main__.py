@@ -22,6 +22,7 @@ from bench import (
     bench_llama_block,
     bench_model_step,
     bench_ragged,
+    bench_resnet_step,
     limits,
     machine,
     table,
@@ -32,6 +33,7 @@ from bench.rows import append_rows
 FAMILIES = {
     "linear_step": bench_linear_step.cases,
     "model_step": bench_model_step.cases,
+    "resnet_step": bench_resnet_step.cases,
     "transformer_step": bench_llama_block.cases,
     "conv": bench_conv.cases,
     "anytime": bench_anytime.cases,

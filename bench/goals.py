@@ -48,6 +48,7 @@ EXPECTED = {
         "linear_step": "training step of a linear layer",
         "model_step": "training step of a residual MLP",
         "conv_step": "training step of a convolution",
+        "resnet_step": "training step of cPreResNet20",
         "transformer_step": "training step of a transformer block",
         "host": "host time of a call",
         "ragged": "ragged batches",
@@ -95,7 +96,7 @@ def goals_for(
     kernel: str, mode: str, sizes: Mapping[str, int], dtype: str, gpu: bool
 ) -> tuple[Goal, ...]:
     """The goals of one problem; none for a family that has none."""
-    if kernel in ("linear_step", "model_step", "transformer_step", "conv_step"):
+    if kernel in ("linear_step", "model_step", "transformer_step", "conv_step", "resnet_step"):
         return _step_goals(kernel, sizes, dtype, gpu)
     if kernel == "anytime":  # B2 is the deepest sub-model alone
         return (Goal("B2", 1.1),)
@@ -126,6 +127,8 @@ def _step_goals(kernel: str, sizes: Mapping[str, int], dtype: str, gpu: bool) ->
     goals = [Goal("B2", 1.10)]
     if kernel == "conv_step":
         goals.append(Goal("B0", 1.0))
+    if kernel == "resnet_step" and sizes["width"] < sizes["WIDTH"]:
+        goals.append(Goal("B0", 1 / 1.5 if 4 * sizes["width"] == sizes["WIDTH"] else 1.0))
     if kernel == "linear_step":
         part = sizes["M"] / sizes["m"]
         if sizes["N"] == 32 and part == 8:

@@ -28,7 +28,7 @@ from sorted_kernels.ops import promotion
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 STEPS, ALONE = (
-    ("linear_step", "model_step", "transformer_step", "conv_step"),
+    ("linear_step", "model_step", "resnet_step", "transformer_step", "conv_step"),
     (
         "linear",
         "conv2d",
@@ -40,6 +40,11 @@ STEPS, ALONE = (
         "adamw",
     ),  # fmt: skip
 )
+NETWORKS = {
+    "linear_step": "linear",
+    "model_step": "the demo's network,",
+    "resnet_step": "cPreResNet20,",
+}
 INTRODUCTION = """\
 Medians of contestants that take turns in one process. B0 is naive PyTorch
 (`F.linear(x, W[:m, :k])`), B1 views with in-place gradients by hand, B2 a stand-alone network of
@@ -82,9 +87,11 @@ class Problem:
             words = f"{s['M']}x{s['K']}, {_rows(s['N'])}, {s['m']}x{s['k']} active"
         elif {"batch", "depth", "width"} == set(s):
             words = f"depth {s['depth']}, width {s['width']}, batch {s['batch']}"
+        elif {"batch", "pixels", "WIDTH", "width"} == set(s):
+            words = f"width {s['width']} of {s['WIDTH']}, batch {s['batch']}, {s['pixels']} pixels"
         else:
             words = self.sizes
-        name = {"linear_step": "linear", "model_step": "the demo's network,"}.get(self.kernel)
+        name = NETWORKS.get(self.kernel)
         return f"{name or f'{self.kernel} {self.mode}'} {words}"
 
 

@@ -156,6 +156,19 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class ResNetShape:
+    """A sub-model of cPreResNet20: ``width`` of ``WIDTH`` parts of the channels of each layer."""
+
+    batch: int
+    pixels: int
+    WIDTH: int
+    width: int
+
+    def __str__(self) -> str:
+        return format_sizes(**vars(self))
+
+
+@dataclass(frozen=True)
 class BlockShape:
     """A part of a LLaMA block; GROUP query heads share a key-value head."""
 
@@ -250,6 +263,8 @@ LINEAR_STEP_GPU = [
 ] + [LinearShape(4096, 4096, 4096, 1001, 999)]
 
 MODEL_STEP = [ModelShape(64, depth, width) for depth, width in ((12, 8), (6, 4), (12, 2), (3, 8))]
+RESNET_STEP = [ResNetShape(32, 32, 16, width) for width in (4, 8, 12, 16)]
+RESNET_QUICK = ResNetShape(2, 8, 16, 4)
 BLOCK = [
     BlockShape(4, 64, 768, 12, 3, 2048, 768 * part // 4, 12 * part // 4, 2048 * part // 4)
     for part in (1, 2, 4)

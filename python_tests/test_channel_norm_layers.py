@@ -154,6 +154,34 @@ def test_double_backward_in_place_is_an_error(norm):
     assert dense.weight.grad[:6].isfinite().all() and not dense.weight.grad[6:].any()
 
 
+def replace_buffer(layer, fresh):
+    layer.running_mean = fresh
+
+
+def replace_storage(layer, fresh):
+    layer.running_mean.data = fresh
+
+
+def load_assigned(layer, fresh):
+    layer.load_state_dict({**layer.state_dict(), "running_mean": fresh}, assign=True)
+
+
+@pytest.mark.parametrize("change", [replace_buffer, replace_storage, load_assigned])
+def test_a_training_step_finds_replaced_statistics(change):
+    """Views kept from the last step are not those of a buffer that has been replaced since."""
+    layer, x = sk.nn.BatchNorm2d(9, dim="i", momentum=0.5), torch.randn(3, 6, 4, 5) + 2
+    sk.activate(layer, sk.Submodel(i=6))
+    for _ in range(2):
+        layer(x).sum().backward()
+    old, fresh = layer.running_mean.clone(), torch.full((9,), 8.0)
+    kept = layer.running_mean.data
+    change(layer, fresh)
+    layer(x).sum().backward()
+    assert_same_bits(kept, old)
+    wanted = torch.cat((4 + 0.5 * x.mean((0, 2, 3)), torch.full((3,), 8.0)))
+    torch.testing.assert_close(layer.running_mean, wanted)
+
+
 @norms
 def test_a_hook_selects_the_dense_path(norm):
     x, p = torch.randn(3, 6, 4, 5), values(norm, 6, torch.float32)

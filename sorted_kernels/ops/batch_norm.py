@@ -22,7 +22,7 @@ from sorted_kernels.ops.affine import (
     land,
 )
 from sorted_kernels.ops.backend import implementation
-from sorted_kernels.ops.blocks import Blocks
+from sorted_kernels.ops.blocks import Blocks, lean_apply
 from sorted_kernels.ops.gradient import (
     ANCHOR,
     IN_PLACE_TWICE,
@@ -211,8 +211,7 @@ class _BatchNormOnBlocks(Function):
 
 
 _native_backward = torch.ops.aten.native_batch_norm_backward.default
-# Function.apply looks for functorch's wrappers first; whoever has blocks has done so.
-_apply_on_blocks = super(Function, _BatchNormOnBlocks).apply
+_apply_on_blocks = lean_apply(_BatchNormOnBlocks)
 
 
 def batch_norm_on_blocks(
@@ -230,9 +229,10 @@ def batch_norm_on_blocks(
         RuntimeError: PyTorch's own error; :func:`check_batch_norm` says what was wrong.
     """
     c, x = x.shape[1], in_one_piece(x)
-    means, variances = prefix_of(running_mean, c), prefix_of(running_var, c)
     if blocks.train and torch.is_grad_enabled():
+        means, variances = blocks.views((running_mean, running_var), c)
         return _apply_on_blocks(x, blocks, means, variances, training, momentum, eps, ANCHOR)
+    means, variances = prefix_of(running_mean, c), prefix_of(running_var, c)
     return torch.batch_norm(
         x, blocks.weight, blocks.bias, means, variances, training, momentum, eps, True
     )
@@ -322,7 +322,7 @@ def check_batch_norm(
 
 def check_several(x: Tensor) -> None:
     """A batch from which a channel's variance can be taken, as torch has it."""
-    if x.shape[0] * x.shape[2:].numel() == 1:
+    if x.numel() == x.shape[1]:
         raise ShapeError(
             f"expected more than 1 value per channel when training, got x of shape {tuple(x.shape)}"
         )

@@ -48,7 +48,7 @@ class Blocks:
 
     __slots__ = (
         "sizes", "weight", "bias", "train", "weight_slot", "bias_slot",
-        "_generation", "_weight", "_bias", "_params",
+        "_generation", "_weight", "_bias", "_params", "_viewed",
     )  # fmt: skip
     weight: Any
     bias: Any
@@ -63,6 +63,20 @@ class Blocks:
         ]
         self.train = self.weight_slot is not None or self.bias_slot is not None
         self.weight, self.bias = _block(weight, sizes), _block(bias, sizes[:1])
+        self._viewed: dict[int, tuple[Tensor, int, Tensor]] = {}  # place -> buffer, address, view
+
+    def views(self, buffers: tuple[Tensor | None, ...], size: int) -> list[Tensor | None]:
+        """The first elements of a layer's buffers, which a training step reads and moves."""
+        found: list[Tensor | None] = []
+        for place, buffer in enumerate(buffers):
+            if buffer is None or buffer.shape[0] == size:
+                found.append(buffer)
+                continue
+            known = self._viewed.get(place)
+            if known is None or known[0] is not buffer or known[1] != buffer.data_ptr():
+                known = self._viewed[place] = buffer, buffer.data_ptr(), buffer[:size]
+            found.append(known[2])
+        return found
 
     def current(self, weight: Tensor | None, bias: Tensor | None) -> bool:
         """Whether the blocks are those of these parameters, and plain PyTorch may run on them.

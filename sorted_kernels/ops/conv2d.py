@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops import conv2d_ops as ops
-from sorted_kernels.ops.blocks import Blocks
+from sorted_kernels.ops.blocks import Blocks, lean_apply
 from sorted_kernels.ops.checks import active_block, autocast, embed_prefix
 from sorted_kernels.ops.conv2d_checks import Pair, Sizes, check_rest, geometry_of, resolve
 from sorted_kernels.ops.gradient import (
@@ -104,11 +104,13 @@ class _Conv2dOnBlocks(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Blocks, geometry: Geometry, anchor: Tensor) -> Tensor:
-        w = reference.kept_weight(x, blocks.weight, geometry)
+        product = reference.is_product(x, blocks.weight, geometry)
+        w = blocks.weight if product else reference.kept_weight(x, blocks.weight)
         needs_x, needs_w = blocks.weight_slot is not None, x.requires_grad
         ctx.save_for_backward(x if needs_x else None, w if needs_w else None)
         ctx.blocks, ctx.geometry, ctx.input_size = blocks, geometry, x.shape[2:]
-        return reference.conv2d(x, w, blocks.bias, geometry, "none", False)[0]
+        ctx.in_one_call = needs_x and needs_w and not product
+        return reference.convolve(x, w, blocks.bias, geometry, product)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -119,7 +121,7 @@ class _Conv2dOnBlocks(Function):
         weight_slot, bias_slot = blocks.weight_slot, blocks.bias_slot
         if not parameters_wanted():
             weight_slot = bias_slot = None
-        if w is not None and weight_slot is not None and not reference.is_product(x, w, geometry):
+        if ctx.in_one_call and weight_slot is not None:
             wants = True, True, bias_slot is not None
             gradients = reference.conv2d_backward(dy, x, w, geometry, *wants)
             weight_slot.add(gradients[1])
@@ -135,8 +137,7 @@ class _Conv2dOnBlocks(Function):
         return dx, None, None, None
 
 
-# Function.apply looks for functorch's wrappers first; whoever has blocks has done so.
-_apply_on_blocks = super(Function, _Conv2dOnBlocks).apply
+_apply_on_blocks = lean_apply(_Conv2dOnBlocks)
 
 
 def conv2d_on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry, activation: str) -> Tensor:

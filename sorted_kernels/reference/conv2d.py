@@ -26,6 +26,7 @@ __all__ = [
     "conv2d_backward",
     "conv2d_dgrad",
     "conv2d_wgrad_into",
+    "convolve",
     "is_channels_last",
     "is_product",
     "kept_weight",
@@ -73,14 +74,20 @@ def conv2d(
         y (N, Co, OH, OW), and the pre-activation of that shape if ``save`` and the activation is
         gelu or silu, else an empty tensor.
     """
-    g = geometry
-    if is_product(x, w, g):
-        z = _product(x, w[:, :, 0, 0], bias)
-    else:
-        z = torch.conv2d(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
+    z = convolve(x, w, bias, geometry, is_product(x, w, geometry))
     if activation == "none":
         return z, x.new_empty(0)
     return activate(z, activation), z if save and activation != "relu" else x.new_empty(0)
+
+
+def convolve(
+    x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, product: bool
+) -> Tensor:
+    """``conv(x, w) + bias``; ``product`` is what :func:`is_product` says."""
+    if product:
+        return _product(x, w[:, :, 0, 0], bias)
+    g = geometry
+    return torch.conv2d(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 def conv2d_dgrad(dy: Tensor, w: Tensor, input_size: tuple[int, int], geometry: Geometry) -> Tensor:
@@ -142,13 +149,15 @@ def conv2d_backward(
     )  # fmt: skip
 
 
-def kept_weight(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+def kept_weight(x: Tensor, w: Tensor) -> Tensor:
     """The view as a training step wants it: forward and backward read the same copy of it.
+
+    Not for a convolution that :func:`is_product`, which needs no copy.
 
     PyTorch would copy the view in each of them. One copy for both takes 1-3% off a step of a 3x3
     convolution on a CPU, and 10% where the kernel is cropped (``bench_conv`` has the whole step).
     """
-    if w.is_contiguous() or is_product(x, w, geometry):
+    if w.is_contiguous():
         return w
     form = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     return w.clone(memory_format=form)
