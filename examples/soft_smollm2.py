@@ -44,13 +44,13 @@ class Preset:
         lr: Peak learning rate of AdamW.
     """
 
-    steps: int = 300
+    steps: int = 400
     batch: int = 2
     window: int = 256
     written: int = 96
     held_out: int = 24
     exits: tuple[int, ...] = tuple(range(9, 31, 3))
-    lr: float = 3e-4
+    lr: float = 5e-4
 
 
 PRESETS = {
