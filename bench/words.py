@@ -20,8 +20,8 @@ WORDS = (
     "{M}x{K}, {rows}, {m}x{k} active",
     "depth {depth}, width {width}, batch {batch}",
     "width {width} of {WIDTH}, batch {batch}, {pixels}x{pixels} pixels",
-    "hidden {hidden} of {HIDDEN}, {heads} of {HEADS} heads ({GROUP} to a group), ffn {ffn} of {FFN}, "
-    "{batch} x {length} tokens",
+    "hidden {hidden} of {HIDDEN}, {heads} of {HEADS} heads ({GROUP} to a group), "
+    "ffn {ffn} of {FFN}, {batch} x {length} tokens",
     "{taps}x{taps}, {c} of {C} channels, groups {groups}, batch {N}, {pixels}x{pixels} pixels, "
     "{layout}",
     "{heads} of {H} heads of {D}, {B} x {S} tokens, head counts {submodels}",
