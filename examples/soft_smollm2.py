@@ -44,7 +44,7 @@ class Preset:
         lr: Peak learning rate of AdamW.
     """
 
-    steps: int = 400
+    steps: int = 360
     batch: int = 2
     window: int = 256
     written: int = 96
