@@ -141,6 +141,9 @@ def test_activations_that_tma_cannot_address(hopper, kind):
     x = activations(kind, torch.randn(rows, 72, device=hopper).bfloat16())
     dy = torch.randn(rows, m, device=hopper).bfloat16()
     weight = parent(m, 72, torch.bfloat16, hopper)
+    read = linear._rows(x, 72)  # emulation reads more than TMA does, so look
+    assert read.stride(0) >= 72 and read.stride(0) % 8 == 0 and read.stride(1) == 1
+    assert read.data_ptr() % 16 == 0
     y, _ = linear.linear(x, weight, None, m, "none", False)
     check(y, (x.double() @ weight[:m, :72].double().T).cpu())
     other = parent(72, m, torch.bfloat16, hopper)
@@ -149,6 +152,22 @@ def test_activations_that_tma_cannot_address(hopper, kind):
     grad = torch.zeros(m, 72, device=hopper)
     linear.linear_wgrad_into(dy, x, grad, True)
     check(grad, (dy.double().T @ x.double()).cpu())
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_tiles_that_no_row_uses_are_zero(hopper, nan_in_new_memory):
+    runs = [(128, 300, 290), (20, 9, 7)]
+    x, weight, dy = ragged_operands(runs, torch.bfloat16, hopper)
+    y, z = linear.ragged_linear(x, weight, None, runs, "silu", True)
+    dx = linear.ragged_dgrad(dy, weight, runs)
+    for found, size in ((y, 9), (z, 9), (dx, 7)):
+        assert torch.isfinite(found).all() and not found[128:, size:].any()
 
 
 def test_results_are_the_same_each_time(hopper):
