@@ -65,7 +65,9 @@ def sizes(layers: int, hidden: int, heads: int, ffn: int, **others: int) -> dict
 PRESETS = {
     "cpu": Preset(sizes(6, 256, 4, 1024, vocab_size=4096)),
     "gpu": Preset(sizes(24, 1024, 16, 4096), 5000, batch=64, window=128, held_out=512, lr=1e-4),
-    "tiny": Preset(sizes(4, 32, 4, 64, vocab_size=300), 6, batch=4, window=16, held_out=8),
+    "tiny": Preset(
+        sizes(4, 32, 4, 64, vocab_size=300), 12, batch=4, window=16, held_out=8, lr=1e-2
+    ),
 }
 
 
