@@ -204,9 +204,8 @@ def run(preset_name: str, out: Path) -> dict[str, list[float]]:
     judge("before", [task.loss])
     tune(model, objective(preset.exits), model.parameters(), ids, preset)
     judge("Sorted Fine-Tuning", [task.loss])
-    if out is not None:
-        sk.activate(model, submodels(model, preset.exits[-1:])[0])
-        model.save_pretrained(out / "model")
+    (whole,) = submodels(model, preset.exits[-1:])
+    sk.export(model, whole).save_pretrained(out / "model")  # the model from a GGUF file cannot
     model.load_state_dict(original)
     tune(model, objective(preset.exits[-1:]), model.parameters(), ids, preset)
     judge("plain fine-tuning", [task.loss])
