@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +34,6 @@ app = typer.Typer(
     "--debug, anywhere, shows where an error comes from.",
 )
 console = Console()
-if not console.is_terminal and "COLUMNS" not in os.environ:
-    console.width = 160  # a file has no width to fit tables into; rich would take 80
 
 Run = Annotated[Path, typer.Argument(help="Folder that `train` or `demo` wrote.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
