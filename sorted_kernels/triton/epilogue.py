@@ -79,11 +79,17 @@ def _store_sums(z, out_ptr, stride, row, col, rows, cols, ACCUMULATE: tl.constex
 
 
 @triton.jit
-def store_sums(z, out_ptr, stride, row, col, rows, cols, ACCUMULATE: tl.constexpr):
+def store_sums(
+    z, out_ptr, stride, row, col, rows, cols, ACCUMULATE: tl.constexpr, HALVES: tl.constexpr
+):
     """Write a tile z of a gradient (rows, cols) with a row stride, or add it to what is there.
 
-    Half a tile at a time: a whole one of a float32 gradient would not fit beside its sums.
+    With HALVES, half a tile at a time: of the large tiles of half-precision operands, a whole one
+    of a float32 gradient would not fit beside its sums.
     """
-    left, right = halves(z)
-    _store_sums(left, out_ptr, stride, row, col, rows, cols, ACCUMULATE)
-    _store_sums(right, out_ptr, stride, row, col + left.shape[1], rows, cols, ACCUMULATE)
+    if HALVES:
+        left, right = halves(z)
+        _store_sums(left, out_ptr, stride, row, col, rows, cols, ACCUMULATE)
+        _store_sums(right, out_ptr, stride, row, col + left.shape[1], rows, cols, ACCUMULATE)
+    else:
+        _store_sums(z, out_ptr, stride, row, col, rows, cols, ACCUMULATE)

@@ -132,7 +132,8 @@ def _linear_wgrad_kernel(
         dy_ptr, x_ptr, dy_stride, x_stride, row, col, m, k, n_rows,
         False, False, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    store_sums(total, out_ptr, out_stride, row, col, m, k, ACCUMULATE)
+    HALVES: tl.constexpr = dy_ptr.dtype.element_ty.primitive_bitwidth < 32
+    store_sums(total, out_ptr, out_stride, row, col, m, k, ACCUMULATE, HALVES)
 
 
 def linear(

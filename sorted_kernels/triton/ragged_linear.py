@@ -142,7 +142,8 @@ def _ragged_linear_wgrad_kernel(
         False, False, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         a_limits_ptr=out_rows_ptr, b_limits_ptr=in_rows_ptr,
     )  # fmt: skip
-    store_sums(total, out_ptr, out_stride, row, col, m, k, ACCUMULATE)
+    HALVES: tl.constexpr = dy_ptr.dtype.element_ty.primitive_bitwidth < 32
+    store_sums(total, out_ptr, out_stride, row, col, m, k, ACCUMULATE, HALVES)
 
 
 def _max_registers(x: Tensor, aligned: bool) -> int | None:
