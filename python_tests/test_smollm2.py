@@ -102,6 +102,7 @@ def test_submodels_loaded_by_transformers_alone(loaded, tmp_path, seed):
         with sk.active(model, chosen):
             text = model.generate(ids, max_new_tokens=4, do_sample=False)
             case = {"ids": ids, "logits": model(ids).logits, "text": text}
+        assert case["logits"].std() > 0.1
         torch.save(case, folder / "case.pt")
         folders.append(str(folder))
     done = subprocess.run(
