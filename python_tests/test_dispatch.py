@@ -173,6 +173,7 @@ def test_fusing_pays_where_the_saved_bytes_take_longer_than_the_lost_rate():
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """CPU tensors count as the GPU's; yields the problems that the choice was asked for."""
+    pytest.importorskip("triton", reason="Triton is not installed")
     asked = []
 
     def choose(question, machine):
@@ -195,7 +196,6 @@ def fake_gpu(monkeypatch):
 
 
 def test_what_a_call_says_of_itself(fake_gpu):
-    pytest.importorskip("triton", reason="Triton is not installed")
     asked, on_gpu = fake_gpu
     parent = torch.empty(64, 40, dtype=BF16)
     x, weight = on_gpu(torch.empty(3, 5, 24, dtype=BF16)), on_gpu(parent)
@@ -220,7 +220,6 @@ def test_what_a_call_says_of_itself(fake_gpu):
 
 
 def test_the_choice_is_made_once_a_regime_and_not_once_a_batch_size(fake_gpu):
-    pytest.importorskip("triton", reason="Triton is not installed")
     asked, on_gpu = fake_gpu
     weight = on_gpu(torch.empty(64, 64, dtype=BF16))
     found = []
