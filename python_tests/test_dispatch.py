@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sorted_kernels as sk
-from sorted_kernels.cli import main
+from sorted_kernels.cli import app, main
 from sorted_kernels.ops import backend, dispatch
 from sorted_kernels.ops.dispatch import PRODUCTS, LinearProblem, Machine, choose_linear
 from sorted_kernels.reference import linear as reference
@@ -355,7 +355,7 @@ def test_the_compiled_gemm_needs_its_planner_and_its_architecture(monkeypatch, m
 
 
 def doctor(capsys, monkeypatch, *arguments):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(app.console, "width", 200)  # whoever imported it first
     with pytest.raises(SystemExit) as exit_:
         main(["doctor", "--explain", *map(str, arguments)])
     printed = capsys.readouterr()
