@@ -3,11 +3,13 @@
 #   PYTHON=python3.12   the interpreter to build the environment from (3.10 or newer)
 #   TORCH=torch==2.11.0 another PyTorch (2.10 or newer); one already in $(VENV) is kept
 #   TRITON=0            leave Triton out
+#   JOBS=4              processes that share the tests (auto: one a core)
 #   ARGS="--seed 1"     more arguments for the demo, or for pytest
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= 1
+JOBS ?= auto
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ demo: $(VENV)/.package ## train 96 sub-models at once, draw, select, export
 	$(BIN)/sorted-kernels demo $(ARGS)
 
 test: $(VENV)/.test ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.lint ## lint, format and type checks
 	$(BIN)/ruff check .

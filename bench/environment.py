@@ -72,17 +72,17 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _runs_compiled_gemm() -> bool:
-    """Whether the tests of the compiled GEMM, which call it by name, run it here."""
+def runs_compiled_gemm() -> bool:
+    """Whether the compiled GEMM, which its tests call by name, runs here."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    return hopper and "90a" in promotion.manifest().get("archs", [])
+    return hopper and backend.has_cuda_gemm()
 
 
 def digests() -> dict[str, str | None]:
     """Digest of each kernel's sources; None for one in whose place plain PyTorch runs on a GPU."""
     used = {op: backend.choose(op, "cuda").backend == "triton" for op in backend.OPS}
     used["staircase_optimizer"] = optimizer.use_native("cuda")
-    used["cuda_linear"] = _runs_compiled_gemm()
+    used["cuda_linear"] = runs_compiled_gemm()
     return {kernel: promotion.digest(kernel) if used[kernel] else None for kernel in used}
 
 

@@ -10,18 +10,21 @@ nothing of wrong numbers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import sorted_kernels as sk
+from bench.environment import runs_compiled_gemm
 from bench.harness import relative_difference
+from sorted_kernels import env
 from sorted_kernels.cuda import linear as cuda_linear
 from sorted_kernels.ops import backend, optimizer
 from sorted_kernels.reference import conv2d as conv_reference
@@ -63,18 +66,19 @@ def _input(name: str, dtype: torch.dtype) -> Tensor:
     return torch.randn(ROWS, ACTIVE, *space, generator=generator).to(dtype)
 
 
-def train(layer: nn.Module, x: Tensor, optimizer: str) -> list[Tensor]:
-    """Two forward and backward passes and optimizer steps; the output, gradients and weights."""
+def train(layer: nn.Module, x: Tensor, optimizer: str, *widths: sk.RowWidths) -> list[Tensor]:
+    """Two forward and backward passes and optimizer steps; output, gradients and weights."""
+    leaf = x.clone().requires_grad_(x.is_floating_point())
     parameters = list(layer.parameters())
     stepper = OPTIMIZERS[optimizer](parameters)
     generator = torch.Generator().manual_seed(2)
     for _ in range(2):
         stepper.zero_grad()
-        y = layer(x)
+        y = layer(leaf, *widths)
         y.backward(torch.randn(y.shape, generator=generator).to(y))
         gradients = [parameter.grad.clone() for parameter in parameters]
         stepper.step()
-    return [y, *gradients, *parameters]
+    return [y, *([leaf.grad] if leaf.requires_grad else []), *gradients, *parameters]
 
 
 def exercise(name: str, dtype: torch.dtype, optimizer: str, device: torch.device) -> float:
@@ -134,6 +138,84 @@ def exercise_gemm(mode: str, runs: tuple[tuple[int, int, int], ...], device: tor
         ours = torch.zeros(m, k, device=device)
         cuda_linear.ragged_wgrad_into(here["dy"], here["x"], runs, ours, True)
     return relative_difference(ours.cpu(), right)
+
+
+ROW_STEP = 8  # of a parent that TMA addresses: its rows are multiples of 16 bytes
+BATCHES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "uniform": ((ROWS, 75, 70),),
+    "few rows": ((9, 75, 1030),),
+    "ragged": RAGGED,
+    "ragged, few rows": ((4, 75, 1030), (3, 53, 700), (1, 1, 1)),
+}
+"""Runs of (rows, m, k). Of a few rows with long sums, reductions are cut."""
+
+
+@contextlib.contextmanager
+def forced(setting: str) -> Iterator[None]:
+    """Within the block every op asks for one back end."""
+    before = os.environ.get("SORTED_KERNELS_BACKEND")
+    os.environ["SORTED_KERNELS_BACKEND"] = setting
+    backend.reset()
+    try:
+        yield
+    finally:
+        os.environ["SORTED_KERNELS_BACKEND"] = before or ""
+        backend.reset()
+
+
+def back_ends(device: torch.device) -> list[str]:
+    """The back ends of linear products that can run on a device."""
+    interpreted = device.type == "cpu" and env.triton_interpreter()
+    able = {
+        "cuda": device.type == "cuda" and runs_compiled_gemm(),
+        "triton": backend.has_triton() and (interpreted or device.type == "cuda"),
+        "reference": device.type == "cpu",
+    }
+    return [name for name, can in able.items() if can]
+
+
+def reached(x: Tensor, weight: Tensor, sizes: tuple[int, int], ragged: bool) -> set[str]:
+    """The back ends of the three products of a linear layer."""
+    (m, k), dy = sizes, x.new_empty(len(x), sizes[0])
+    operands = {"forward": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x, weight)}
+    modules = (
+        backend.linear_implementation(product, tensors, m, k, ragged=ragged)
+        for product, tensors in operands.items()
+    )
+    return {module.__name__.split(".")[1] for module in modules}
+
+
+def exercise_linear(setting: str, batch: str, autocast: bool, device: torch.device) -> float:
+    """Largest difference of a linear layer's training from that in float64, by the public ops.
+
+    All three products have to reach the back end that was asked for.
+
+    Args:
+        setting: Back end to force.
+        batch: One of :data:`BATCHES`.
+        autocast: Whether parameters and their gradients are float32.
+        device: Where.
+    """
+    torch.manual_seed(0)
+    runs, half = BATCHES[batch], torch.bfloat16
+    (_, m, k), ragged = runs[0], len(runs) > 1
+    into, out = (-(-size // ROW_STEP) * ROW_STEP + ROW_STEP for size in (k, m))
+    layer = sk.nn.Linear(into, out, in_dim="into", out_dim="out", activation="silu")
+    layer.to(torch.float32 if autocast else half)
+    exact = copy.deepcopy(layer).double()
+    layer.to(device)
+    for module in (layer, exact):
+        sk.activate(module, sk.Submodel(into=k, out=m))
+    widths = (sk.RowWidths(runs),) if ragged else ()
+    x = torch.randn(sum(run[0] for run in runs), k).to(half)
+    with forced(setting):
+        found = reached(x.to(device), layer.weight.detach().to(half), (m, k), ragged)
+        if found != {setting}:
+            raise RuntimeError(f"products ran in {', '.join(sorted(found))}")
+        with torch.autocast(device.type, half, enabled=autocast):
+            ours = train(layer, x.to(device), "sgd", *widths)
+    pairs = zip(ours, train(exact, x.double(), "sgd", *widths), strict=True)
+    return max(relative_difference(each.cpu(), right) for each, right in pairs)
 
 
 CONVOLUTIONS: dict[str, tuple[int, int, int, conv_reference.Geometry]] = {
@@ -247,8 +329,11 @@ def main(arguments: list[str] | None = None) -> int:
     for dtype, masked in itertools.product(TOLERANCES, (False, True)):
         label = f"attention, {'causal and masked, ' if masked else ''}{str(dtype).split('.')[1]}"
         note(label, partial(exercise_attention, dtype, masked, device), TOLERANCES[dtype])
-    gemm_runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    for mode in ("forward", "dgrad", "wgrad") if gemm_runs else ():
+    for setting, batch, autocast in itertools.product(back_ends(device), BATCHES, (False, True)):
+        label = f"linear by {setting}, {batch}{', autocast' if autocast else ''}"
+        measure = partial(exercise_linear, setting, batch, autocast, device)
+        note(label, measure, TOLERANCES[torch.bfloat16])
+    for mode in ("forward", "dgrad", "wgrad") if "cuda" in back_ends(device) else ():
         for label, runs in {"uniform": ((37, 75, 53),), "ragged": RAGGED}.items():
             note(
                 f"compiled gemm, {mode}, {label}", partial(exercise_gemm, mode, runs, device), 3e-2

@@ -22,8 +22,9 @@ from pathlib import Path
 from bench import machine
 from bench.goals import EXPECTED, LIMIT, Goal, family_of, goals_for
 from bench.plot import draw_all, source_of
-from bench.rows import Row, parse_sizes, read_rows, replace_file
+from bench.rows import Row, read_rows, replace_file
 from bench.table import NOISY_SPREAD, RATES, SECONDS, limit_share, limits_for
+from bench.words import in_words, name_of, rows_of, sizes_of
 from sorted_kernels.ops import promotion
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -40,11 +41,6 @@ STEPS, ALONE = (
         "adamw",
     ),  # fmt: skip
 )
-NETWORKS = {
-    "linear_step": "linear",
-    "model_step": "the demo's network,",
-    "resnet_step": "cPreResNet20,",
-}
 INTRODUCTION = """\
 Medians of contestants that take turns in one process. B0 is naive PyTorch
 (`F.linear(x, W[:m, :k])`), B1 views with in-place gradients by hand, B2 a stand-alone network of
@@ -82,27 +78,7 @@ class Problem:
     @property
     def title(self) -> str:
         """The problem in words."""
-        s = sizes_of(self.sizes)
-        if {"N", "M", "K", "m", "k"} == set(s):
-            words = f"{s['M']}x{s['K']}, {_rows(s['N'])}, {s['m']}x{s['k']} active"
-        elif {"batch", "depth", "width"} == set(s):
-            words = f"depth {s['depth']}, width {s['width']}, batch {s['batch']}"
-        elif {"batch", "pixels", "WIDTH", "width"} == set(s):
-            words = f"width {s['width']} of {s['WIDTH']}, batch {s['batch']}, {s['pixels']} pixels"
-        else:
-            words = self.sizes
-        name = NETWORKS.get(self.kernel)
-        return f"{name or f'{self.kernel} {self.mode}'} {words}"
-
-
-def _rows(count: int) -> str:
-    return f"{count} row{'s' if count != 1 else ''}"
-
-
-def sizes_of(text: str) -> dict[str, int]:
-    """The counts among the words of a row's sizes; other words are left out."""
-    words = [word for word in text.split() if word.partition("=")[2].isdecimal()]
-    return parse_sizes(" ".join(words))
+        return f"{name_of(self.kernel, self.mode)} {in_words(self.sizes)}"
 
 
 @dataclass(frozen=True)
@@ -228,7 +204,7 @@ def _goals(results: Results) -> list[str]:
 def _short(problem: Problem) -> str:
     s = sizes_of(problem.sizes)
     if {"N", "m", "k"} <= set(s):
-        words = f"{_rows(s['N'])}, {s['m']}x{s['k']}"
+        words = f"{rows_of(s['N'])}, {s['m']}x{s['k']}"
         full = f" of {s['M']}x{s['K']}" if {"M", "K"} <= set(s) else ""
         return words + full + (", cold" if problem.cache == "cold" else "")
     return problem.sizes.replace("=", " ") + (", cold" if problem.cache == "cold" else "")

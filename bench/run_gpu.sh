@@ -15,7 +15,8 @@
 set -u
 
 # PICTURES and ENVIRONMENT come last: REPORT keeps time for them, and TOTAL leaves some to spare.
-readonly TOTAL=510 BUILD=140 TESTS=150 SANITIZER=80 REPORT=30 PICTURES=20 ENVIRONMENT=15 KILL=5
+readonly TOTAL=510 BUILD=140 TESTS=150 EXERCISE=80 SANITIZER=80 REPORT=30
+readonly PICTURES=20 ENVIRONMENT=15 KILL=5
 readonly WITHIN=(timeout --kill-after="$KILL") # what hangs in a driver does not end when told to
 
 usage() { sed -n '4,8s/^# \{0,2\}//p' "$0"; }
@@ -156,13 +157,15 @@ fi
 
 # --- compute-sanitizer --------------------------------------------------------------------------
 if [ "$gpu" = 0 ]; then
+  stage exercise-cpu "$EXERCISE" sanitizer.log "$python" -m bench.exercise_kernels --device cpu
   left_out sanitizer "no GPU" sanitizer.log
 elif ! command -v compute-sanitizer > /dev/null; then
   left_out sanitizer "compute-sanitizer is not there" sanitizer.log
   failures=$((failures + 1))
 else
-  # Without it first: it compiles the Triton kernels, and a wrong result is easier to read here.
-  stage exercise 60 sanitizer.log "$python" -m bench.exercise_kernels
+  # Without it first: it compiles the Triton kernels, and a wrong result is easier to read here. One
+  # process takes each back end in turn: linear's by force, so that none hides behind another.
+  stage exercise "$EXERCISE" sanitizer.log "$python" -m bench.exercise_kernels
   for tool in memcheck racecheck; do
     stage "$tool" "$SANITIZER" sanitizer.log \
       compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 20 \

@@ -37,7 +37,7 @@ class Preset:
 
 
 PRESETS = {
-    "digits": Preset(epochs=10, batch_size=64, block="basic", augment=False, seeds=(40, 42)),
+    "digits": Preset(epochs=30, batch_size=64, block="basic", augment=False, seeds=(40, 42)),
     "cifar10": Preset(epochs=200, batch_size=128, block="bottleneck", augment=True),
 }
 # Accuracies as printed in the paper (arXiv:2309.00255v2), width 100, 75, 50, 25%.

@@ -13,6 +13,7 @@ for each exit) at equal steps.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import math
 from collections.abc import Callable, Iterable
@@ -43,13 +44,13 @@ class Preset:
         lr: Peak learning rate of AdamW.
     """
 
-    steps: int = 300
+    steps: int = 360
     batch: int = 2
     window: int = 256
     written: int = 96
     held_out: int = 24
     exits: tuple[int, ...] = tuple(range(9, 31, 3))
-    lr: float = 3e-4
+    lr: float = 5e-4
 
 
 PRESETS = {
@@ -94,19 +95,17 @@ def windows(tokenize: Callable[[str], list[int]], size: int) -> tuple[Tensor, Te
     return train, held_out
 
 
-@torch.no_grad()
-def write(model: nn.Module, starts: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def write(model: nn.Module, starts: Tensor, size: int) -> Tensor:
     """Text that the model goes on with from the first tokens of windows, drawn as it believes."""
-    model.eval()
-    tokens, cache = starts, None
-    inputs = starts
-    while tokens.shape[1] < size:
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-        inputs = torch.multinomial(probabilities, 1, generator=generator).to(tokens.device)
-        tokens = torch.cat([tokens, inputs], 1)
-    return tokens
+    half, count = copy.deepcopy(model).to(torch.bfloat16), size - starts.shape[1]
+    return half.generate(
+        starts,
+        attention_mask=torch.ones_like(starts),
+        do_sample=True,
+        top_k=0,  # from all words
+        min_new_tokens=count,
+        max_new_tokens=count,
+    )
 
 
 def submodels(model: nn.Module, exits: Iterable[int]) -> list[sk.Submodel]:
@@ -174,17 +173,16 @@ def run(preset_name: str, out: Path) -> dict[str, list[float]]:
     torch.manual_seed(0)
     device = "cuda" if preset_name == "gpu" else "cpu"
     model, tokenize = load(preset_name)
-    model = sk.elasticize(model.to(device))
+    model = model.to(device).eval()
     train, held_out = windows(tokenize, preset.window)
     held_out = held_out[: preset.held_out].to(device)
     print(f"{len(train)} training windows of {preset.window} tokens, {len(held_out)} held out")
     generator = torch.Generator().manual_seed(0)
     starts = train[torch.randperm(len(train), generator=generator)[: preset.written], :4]
-    written = [
-        write(model, part.to(device), preset.window, generator).cpu() for part in starts.split(32)
-    ]
-    print(f"the model wrote {len(starts)} windows itself")
+    print(f"the model writes {len(starts)} windows itself")
+    written = [write(model, part.to(device), preset.window).cpu() for part in starts.split(96)]
     ids = torch.cat([train, *written])
+    model = sk.elasticize(model)
     original = {name: value.clone() for name, value in model.state_dict().items()}
 
     task = sk.training.CausalLM(model)
@@ -206,9 +204,8 @@ def run(preset_name: str, out: Path) -> dict[str, list[float]]:
     judge("before", [task.loss])
     tune(model, objective(preset.exits), model.parameters(), ids, preset)
     judge("Sorted Fine-Tuning", [task.loss])
-    if out is not None:
-        sk.activate(model, submodels(model, preset.exits[-1:])[0])
-        model.save_pretrained(out / "model")
+    (whole,) = submodels(model, preset.exits[-1:])
+    sk.export(model, whole).save_pretrained(out / "model")  # the model from a GGUF file cannot
     model.load_state_dict(original)
     tune(model, objective(preset.exits[-1:]), model.parameters(), ids, preset)
     judge("plain fine-tuning", [task.loss])

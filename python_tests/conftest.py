@@ -14,6 +14,11 @@ if not torch.cuda.is_available():  # before Triton is imported anywhere
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Processes that share the tests share the cores, too: threads that wait for a core spin.
+_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _processes > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // _processes))
+
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("default")
 

@@ -1,5 +1,7 @@
 """Tables of architectures: one's own, and what a table does not say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -177,3 +179,16 @@ def test_sizes_that_modules_keep_as_attributes():
     assert [block.inner for block in body.blocks] == [6, 6]
     with pytest.raises(sk.RuleError, match=r"blocks\.0, a Block, which has no elastic form"):
         sk.elasticize(Body(config), {"blocks.*": {"outer": "inner"}})
+
+
+TABLES = Path(registry.__file__).parent
+MECHANISM = {"__init__.py", "attention.py", "common.py", "registry.py"}
+FORMULAS = {"mobilenet_v2.py"}  # beside a table, the channels of each width: no transformer's
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in TABLES.glob("*.py") if p.name not in MECHANISM), ids=lambda p: p.name
+)
+def test_a_table_is_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines < (200 if path.name in FORMULAS else 40), f"{path.name} has {lines} lines"

@@ -1,5 +1,6 @@
 """The benchmarks' command lines: every case runs, and a broken one leaves the others alone."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from bench import __main__ as command
 from bench import exercise_kernels, harness, limits
 from bench.harness import Case, Contestant, check_agreement
 from bench.rows import read_rows
+from sorted_kernels.ops import backend
+from support import emulated_gemm
 from support.bench_rows import ROW
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +28,8 @@ LIMITS = [
 
 def shell(*arguments, cwd=ROOT):
     """A Python of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "BENCH_COMMIT": "0123456789ab"}
+    outer = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
+    env = {**outer, "PYTHONPATH": str(ROOT), "BENCH_COMMIT": "0123456789ab"}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True
     )
@@ -176,25 +180,62 @@ def exercise(monkeypatch, capsys):
     """The exit code of the kernels' exercise on the CPU, and the lines it printed."""
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # put back as it was afterwards
     cases = len(exercise_kernels.LAYERS) * len(exercise_kernels.OPTIMIZERS) * 2 + 4  # attention
+    linear = 2 * len(exercise_kernels.BATCHES)
 
-    def run():
+    def run(back_ends=()):
+        monkeypatch.setattr(exercise_kernels, "back_ends", lambda device: list(back_ends))
         code = exercise_kernels.main(["--device", "cpu"])
-        return code, capsys.readouterr().out.splitlines()[-cases:]
+        return code, capsys.readouterr().out.splitlines()[-cases - linear * len(back_ends) :]
 
     return run
 
 
 def test_kernels_exercised_are_right(exercise):
-    code, lines = exercise()
-    assert code == 0 and len(set(lines)) == 4 * len(exercise_kernels.LAYERS) + 4  # attention
+    code, lines = exercise(["reference"])
+    linear = [line for line in lines if line.startswith("linear by reference, ")]
+    assert len(linear) == 2 * len(exercise_kernels.BATCHES)
+    others = 4 * len(exercise_kernels.LAYERS) + 4  # attention
+    assert code == 0 and len(set(lines)) == others + len(linear)
     assert all(": right (off by " in line for line in lines)
+
+
+def test_a_product_that_ran_elsewhere_fails_the_exercise(exercise):
+    """The sanitizer would have seen nothing of the kernel."""
+    code, lines = exercise(["cuda"])
+    failed = [line for line in lines if "FAILED: RuntimeError: products ran in reference" in line]
+    assert code == 1 and len(failed) == 8 and all("linear by cuda" in line for line in failed)
+
+
+def test_triton_is_exercised_by_force():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert exercise_kernels.back_ends(CPU) == ["triton", "reference"]  # interpreted
+    difference = exercise_kernels.exercise_linear("triton", "ragged", False, CPU)
+    assert difference < exercise_kernels.TOLERANCES[torch.bfloat16]
+    assert "SORTED_KERNELS_BACKEND" not in os.environ or not os.environ["SORTED_KERNELS_BACKEND"]
+
+
+def test_the_compiled_gemm_is_exercised_through_the_public_op(monkeypatch):
+    """Emulated here; the exercise itself chooses sizes that the kernel takes."""
+    pytest.importorskip("sorted_kernels._host", reason="there is no emulation")
+    emulated_gemm.install(monkeypatch)
+    calls = emulated_gemm.dispatched("cpu", monkeypatch, forced="cuda")
+    monkeypatch.setattr(exercise_kernels, "forced", lambda setting: contextlib.nullcontext())
+    try:
+        for batch in exercise_kernels.BATCHES:
+            calls.clear()
+            difference = exercise_kernels.exercise_linear("cuda", batch, True, torch.device("cpu"))
+            assert difference < exercise_kernels.TOLERANCES[torch.bfloat16]
+            assert {mode for mode, *_ in calls} == {"forward", "dgrad", "wgrad"} and len(calls) == 6
+    finally:
+        monkeypatch.undo()
+        backend.reset()
 
 
 def test_a_wrong_result_fails_the_exercise(exercise, monkeypatch):
     train = exercise_kernels.train
 
-    def train_wrongly(layer, x, optimizer):
-        results = train(layer, x, optimizer)
+    def train_wrongly(layer, *arguments):
+        results = train(layer, *arguments)
         wrong = isinstance(layer, torch.nn.Embedding) and layer.weight.dtype == torch.float32
         return [results[0] * 1.01, *results[1:]] if wrong else results
 

@@ -1,5 +1,6 @@
 """A recorded GPU run: what is written about it, and which kernels it promotes."""
 
+import itertools
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from bench import environment, machine, promote
 from sorted_kernels.ops import backend, optimizer, promotion
 
 KERNELS = tuple(promotion.SOURCES)
+MODULES = sorted(set(itertools.chain(*promote.TESTS.values())))
 LOGS = ("environment.json", "tests.log", "sanitizer.log", "benchmarks.csv")
 JUNIT = """<testsuites><testsuite>
 <testcase classname="python_tests.test_triton_norm" name="test_a[3]"/>
@@ -40,7 +42,7 @@ def good_run():
             {"stage": stage, "outcome": "passed", "seconds": 3}
             for stage in ("build", "tests", "exercise", "memcheck", "racecheck", "benchmarks")
         ],
-        "tests": {f"python_tests.{name}": dict(passed) for name in set(promote.TESTS.values())},
+        "tests": {f"python_tests.{name}": dict(passed) for name in MODULES},
         "kernels": {kernel: f"digest of {kernel}" for kernel in KERNELS},
     }
 
@@ -74,7 +76,7 @@ def change(run, **stages):
 def test_every_kernel_has_tests_and_a_gpu_run_selects_them():
     """By the fixture or by the module's constant: see ``conftest.py``."""
     assert set(promote.TESTS) == set(KERNELS)
-    for name in promote.TESTS.values():
+    for name in MODULES:
         text = (Path(__file__).parent / f"{name}.py").read_text()
         assert re.search(r"^def \w+\(device\b|^from .*\bDEVICE\b|^    DEVICE,$", text, re.M)
 
@@ -134,23 +136,26 @@ def test_a_run_without_a_gpu_promotes_nothing(record, results, capsys):
     assert record.read_text() == "{}", "not even reformatted"
 
 
+@pytest.mark.parametrize("module", promote.TESTS["layer_norm"])
 @pytest.mark.parametrize(
     "counts, reason",
     [
-        ({"passed": 11, "failed": ["test_x"], "skipped": []}, "tests of test_triton_norm failed"),
-        ({"passed": 0, "failed": [], "skipped": ["x: y"]}, "no test of test_triton_norm passed"),
-        (None, "no test of test_triton_norm passed"),
+        ({"passed": 11, "failed": ["test_x"], "skipped": []}, "tests of {} failed"),
+        ({"passed": 0, "failed": [], "skipped": ["x: y"]}, "no test of {} passed"),
+        (None, "no test of {} passed"),
     ],
     ids=["failed", "skipped", "absent"],
 )
-def test_a_kernel_needs_all_its_tests_and_one_at_least(record, results, capsys, counts, reason):
+def test_a_kernel_needs_all_its_tests_and_one_of_each_file(
+    record, results, capsys, counts, reason, module
+):
     run = good_run()
-    run["tests"]["python_tests.test_triton_norm"] = counts
+    run["tests"][f"python_tests.{module}"] = counts
     if counts is None:
-        del run["tests"]["python_tests.test_triton_norm"]
-        run["tests"]["python_tests.test_triton_norm_of_another"] = {"passed": 3, "failed": []}
+        del run["tests"][f"python_tests.{module}"]
+        run["tests"][f"python_tests.{module}_of_another"] = {"passed": 3, "failed": []}
     assert promote_run(results, run) == 0
-    assert capsys.readouterr().out.count(f"experimental: {reason}\n") == 2
+    assert capsys.readouterr().out.count(f"experimental: {reason.format(module)}\n") == 2
     assert set(json.loads(record.read_text())) == set(KERNELS) - {"layer_norm", "rms_norm"}
 
 

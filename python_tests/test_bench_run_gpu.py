@@ -39,7 +39,8 @@ esac
 """
 PASS_ON = '#!/bin/bash\nwhile [[ "$1" != */python ]]; do shift; done\nexec "$@"\n'
 GPU_STAGES = ["build", "tests", "exercise", "memcheck", "racecheck", "benchmarks", "pictures"]
-DRY_STAGES = ["tests-collected", "tests", "sanitizer", "benchmarks-cpu-quick", "benchmarks"]
+DRY_STAGES = ["tests-collected", "tests", "exercise-cpu", "sanitizer", "benchmarks-cpu-quick"]
+DRY_STAGES += ["benchmarks"]
 
 
 def write_program(path, text):
@@ -129,6 +130,7 @@ def test_a_dry_run_leaves_out_what_needs_a_gpu_and_says_so(checkout):
     assert all(f"{name}: LEFT OUT: no GPU" in said for name in left_out)
     assert all((checkout.out / name).stat().st_size for name in LOGS)
     assert any("-m gpu --collect-only" in call for call in checkout.calls())
+    assert any("bench.exercise_kernels --device cpu" in call for call in checkout.calls())
 
 
 def test_a_dry_run_is_one_on_a_machine_with_a_gpu_too(checkout):

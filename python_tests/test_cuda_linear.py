@@ -7,7 +7,6 @@ import torch
 
 from sorted_kernels.cuda import gemm, linear
 from sorted_kernels.errors import DeviceError
-from sorted_kernels.ops.promotion import manifest
 from sorted_kernels.reference import linear as reference
 from support import emulated_gemm
 from support.gemm import exact, random_runs, row_sizes
@@ -22,15 +21,7 @@ EMULATED_ROWS = 200  # larger products take too long there
 @pytest.fixture
 def hopper(device, monkeypatch):
     """The GPU's name; on a machine without one, CPU tensors and emulated threads."""
-    if device == "cpu":
-        pytest.importorskip("sorted_kernels._host", reason="there is neither a GPU nor emulation")
-        emulated_gemm.install(monkeypatch)
-        return device
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the GPU is not of compute capability 9.0")
-    if "90a" not in manifest().get("archs", []):
-        pytest.skip("the compiled library has no kernel for sm_90a")
-    return device
+    return emulated_gemm.hopper(device, monkeypatch)
 
 
 def parent(rows, cols, dtype, device):
@@ -114,14 +105,69 @@ def test_bias_and_activation(hopper, activation):
 
 
 def test_outputs_feed_the_next_layer(hopper):
-    """Odd sizes from layer to layer: padding keeps rows aligned, and batches keep their axes."""
+    """Odd sizes from layer to layer; outputs are dense, and batches keep their axes."""
     x, first, _ = ragged_operands([(60, 77, 131)], torch.bfloat16, hopper)
     second = parent(33, 77, torch.bfloat16, hopper)
     x = torch.nn.functional.pad(x, (0, 5)).reshape(5, 12, 136)[..., :131]
     y, _ = linear.linear(x, first, None, 77, "relu", False)
     z, _ = linear.linear(y, second, None, 33, "none", False)
     assert y.shape == (5, 12, 77) and z.shape == (5, 12, 33)
+    assert y.is_contiguous() and z.is_contiguous()
     check(z, (y.double() @ second[:33, :77].double().T).cpu())
+
+
+def activations(kind, values):
+    """The same values lying in memory in another way; around them is NaN."""
+    if kind == "odd stride":
+        buffer = torch.full((len(values), 81), torch.nan, dtype=values.dtype, device=values.device)
+        buffer[:, :72] = values
+        return buffer[:, :72]
+    if kind == "odd address":
+        buffer = torch.full((values.numel() + 1,), torch.nan, dtype=values.dtype)
+        buffer = buffer.to(values.device)
+        buffer[1:] = values.flatten()
+        return buffer[1:].view(values.shape)
+    if kind == "transposed":
+        return values.T.contiguous().T
+    return values[:1].expand(len(values), -1) if kind == "one row" else values[:, :1].expand(-1, 72)
+
+
+@pytest.mark.parametrize(
+    "kind", ["odd stride", "odd address", "transposed", "one row", "one column"]
+)
+def test_activations_that_tma_cannot_address(hopper, kind):
+    """The gradient of a sum is one row, or one number, expanded."""
+    rows, m = 21, 40
+    x = activations(kind, torch.randn(rows, 72, device=hopper).bfloat16())
+    dy = torch.randn(rows, m, device=hopper).bfloat16()
+    weight = parent(m, 72, torch.bfloat16, hopper)
+    read = linear._rows(x, 72)  # emulation reads more than TMA does, so look
+    assert read.stride(0) >= 72 and read.stride(0) % 8 == 0 and read.stride(1) == 1
+    assert read.data_ptr() % 16 == 0
+    y, _ = linear.linear(x, weight, None, m, "none", False)
+    check(y, (x.double() @ weight[:m, :72].double().T).cpu())
+    other = parent(72, m, torch.bfloat16, hopper)
+    dx = x.double() @ other[:72, :m].double()
+    check(linear.linear_dgrad(x, other, m), dx.cpu())
+    grad = torch.zeros(m, 72, device=hopper)
+    linear.linear_wgrad_into(dy, x, grad, True)
+    check(grad, (dy.double().T @ x.double()).cpu())
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_tiles_that_no_row_uses_are_zero(hopper, nan_in_new_memory):
+    runs = [(128, 300, 290), (20, 9, 7)]
+    x, weight, dy = ragged_operands(runs, torch.bfloat16, hopper)
+    y, z = linear.ragged_linear(x, weight, None, runs, "silu", True)
+    dx = linear.ragged_dgrad(dy, weight, runs)
+    for found, size in ((y, 9), (z, 9), (dx, 7)):
+        assert torch.isfinite(found).all() and not found[128:, size:].any()
 
 
 def test_results_are_the_same_each_time(hopper):

@@ -1,6 +1,7 @@
 """Which back end a linear product gets: the pure function, what calls it, and what prints it."""
 
 import importlib
+import importlib.util
 import re
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import sorted_kernels as sk
-from sorted_kernels.cli import main
+from sorted_kernels.cli import app, main
 from sorted_kernels.ops import backend, dispatch
 from sorted_kernels.ops.dispatch import PRODUCTS, LinearProblem, Machine, choose_linear
 from sorted_kernels.reference import linear as reference
@@ -41,7 +42,13 @@ CASES = {
     "odd": (ODD, H100, "cuda", "odd sizes"),
     "odd-k": (problem(k=1001, stride=4096, rows=40), A100, "triton", "odd sizes"),
     "odd-parent-stride": (problem(stride=4095), H100, "triton", "strides"),
-    "odd-address": (problem(aligned_base=False), H100, "triton", "addresses"),
+    "odd-address": (problem(misplaced=(1,)), H100, "triton", "addresses"),
+    "odd-address-of-x": (
+        problem(misplaced=(0,)), H100, "cuda", "addresses; x copied into aligned rows",
+    ),
+    "odd-stride-of-x": (problem(k=1001), H100, "cuda", "; x copied into"),
+    "odd-stride-of-dy": (problem("dgrad", m=1001), H100, "cuda", "; dy copied into"),
+    "odd-but-x-is-aligned": (ODD, H100, "cuda", "odd sizes, strides or addresses"),
     "odd-float16": (problem(m=1001, dtype=F16), H100, "cuda", "odd"),
     "odd-float32": (problem(m=1001, dtype=F32), H100, "library", "nothing"),
     "odd-rows-are-aligned": (problem(rows=4095), H100, "library", "nothing"),
@@ -64,7 +71,30 @@ CASES = {
     "decode-too-large": (problem(rows=1, m=4104, k=4096), H100, "library", "nothing"),
     "decode-dgrad": (problem("dgrad", rows=16), H100, "cuda", "rows"),
     "decode-wgrad": (problem("wgrad", rows=16), H100, "library", "nothing"),
-    "wgrad-odd": (problem("wgrad", k=999, stride=4096), H100, "triton", "odd"),
+    "wgrad-odd": (
+        problem("wgrad", m=999, k=999), H100, "cuda", "odd sizes, strides or addresses; dy and x",
+    ),
+    "wgrad-odd-parent-stride": (problem("wgrad", stride=4095), H100, "cuda", "addresses"),
+    "wgrad-odd-address": (problem("wgrad", misplaced=(2,)), H100, "cuda", "addresses"),
+    "into-float32": (problem("wgrad", rows=3200, widens=True), H100, "cuda", "a float32 gradient"),
+    "into-float32-long": (problem("wgrad", rows=3300, widens=True), H100, "library", "nothing"),
+    "into-float32-triton": (problem("wgrad", rows=668, widens=True), A100, "triton", "float32"),
+    "into-float32-triton-long": (
+        problem("wgrad", rows=669, widens=True), A100, "library", "nothing",
+    ),
+    "ragged": (problem(ragged=True), H100, "cuda", "many sizes in one launch"),
+    "ragged-odd": (problem("dgrad", m=1001, ragged=True), H100, "cuda", "; dy copied"),
+    "ragged-parent-stride": (problem(ragged=True, stride=4095), H100, "triton", "in one launch"),
+    "ragged-wgrad": (problem("wgrad", ragged=True, stride=4095), H100, "cuda", "in one launch"),
+    "ragged-float32": (problem(dtype=F32, ragged=True), H100, "triton", "in one launch"),
+    "ragged-on-sm_80": (problem(ragged=True), A100, "triton", "in one launch"),
+    "ragged-on-sm_75": (problem(ragged=True), T4, "library", "nothing"),
+    "ragged-waiting": (problem(ragged=True), WAITING, "reference", "cuda kernel is experimental"),
+    "ragged-trying": (problem(ragged=True), TRYING, "cuda", "launch (experimental)"),
+    "ragged-cpu": (problem(ragged=True), CPU, "library", "strided views"),
+    "sm_90-with-a-minor-number": (ODD, replace(H100, capability=(9, 1)), "triton", "odd"),
+    "too-many-rows": (problem(m=1001, rows=1 << 30), H100, "triton", "odd"),
+    "most-rows": (problem(m=1001, rows=(1 << 30) - 1), H100, "cuda", "odd"),
     "gelu": (GELU, TRITON, "triton", "gelu is fused"),
     "gelu-long": (problem(k=1024, activation="gelu"), A100, "library", "nothing"),
     "gelu-long-not-built": (
@@ -86,7 +116,16 @@ CASES = {
     "forced-cuda-sm_80": (problem(), replace(A100, forced="cuda"), "reference", "needs sm_90a"),
     "forced-cuda-cpu": (problem(), replace(CPU, forced="cuda"), "reference", "no cuda kernel runs"),
     "forced-cuda-stride": (
-        problem(stride=4095), replace(H100, forced="cuda"), "reference", "TMA needs",
+        problem(stride=4095), replace(H100, forced="cuda"), "reference", "TMA needs the weight's",
+    ),
+    "forced-cuda-copies": (
+        problem(k=1001), replace(H100, forced="cuda"), "cuda", "=cuda; x copied into aligned rows",
+    ),
+    "forced-cuda-too-large": (
+        problem(rows=1 << 30), replace(H100, forced="cuda"), "reference", "takes sizes up to",
+    ),
+    "forced-cuda-ragged": (
+        problem(ragged=True), replace(WAITING, forced="cuda"), "cuda", "BACKEND=cuda",
     ),
 }  # fmt: skip
 
@@ -114,6 +153,13 @@ def test_a_forced_back_end_that_cannot_run_is_an_error(machine, why):
         choose_linear(problem(), machine)
 
 
+def test_one_pass_of_sums_pays_where_its_bytes_take_longer_than_the_lost_rate():
+    for name, share in dispatch.PEAK_SHARE.items():
+        rows, m, k, balance = dispatch.in_place_rows(name), 64, 64, dispatch.FLOPS_PER_BYTE[2]
+        flops = 2 * rows * m * k
+        assert flops / (share * balance) == pytest.approx(flops / balance + 4 * m * k)
+
+
 def test_fusing_pays_where_the_saved_bytes_take_longer_than_the_lost_rate():
     """At the threshold both ways take the same time on a machine with these two rates."""
     for name, share in dispatch.PEAK_SHARE.items():
@@ -127,6 +173,7 @@ def test_fusing_pays_where_the_saved_bytes_take_longer_than_the_lost_rate():
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """CPU tensors count as the GPU's; yields the problems that the choice was asked for."""
+    pytest.importorskip("triton", reason="Triton is not installed")
     asked = []
 
     def choose(question, machine):
@@ -156,27 +203,43 @@ def test_what_a_call_says_of_itself(fake_gpu):
     dy, wide = on_gpu(torch.empty(15, 32, dtype=BF16)), torch.empty(15, 30, dtype=BF16)[:, :24]
     backend.linear_implementation("dgrad", (dy, on_gpu(parent[:, 1:])), 32, 24)
     out = on_gpu(parent[:32, :24])
-    backend.linear_implementation("wgrad", (dy, on_gpu(wide), out), *out.shape)
+    backend.linear_implementation("wgrad", (dy, on_gpu(wide), out), *out.shape, ragged=True)
     backend.linear_implementation("forward", (x[:, :, ::2], weight), 32, 12)
+    half = torch.empty(20, 32, dtype=F16)
+    backend.linear_implementation("wgrad", (on_gpu(half), on_gpu(half), out.float()), 32, 24)
+    backend.linear_implementation("wgrad", (on_gpu(half), on_gpu(half[:, 1:]), out), 32, 24)
+    most = dispatch.row_regime(20)
     assert asked == [
-        LinearProblem("forward", 15, 32, 24, BF16, (24, 40), True, "gelu"),
-        LinearProblem("dgrad", 15, 32, 24, BF16, (32, 40), False),
-        LinearProblem("wgrad", 15, 32, 24, BF16, (32, 30, 40)),
-        LinearProblem("forward", 15, 32, 12, BF16, (12, 40)),
+        LinearProblem("forward", 16, 32, 24, BF16, (24, 40), (), "gelu"),
+        LinearProblem("dgrad", 16, 32, 24, BF16, (32, 40), (1,)),
+        LinearProblem("wgrad", 16, 32, 24, BF16, (32, 30, 40), ragged=True),
+        LinearProblem("forward", 16, 32, 12, BF16, (12, 40)),
+        LinearProblem("wgrad", most, 32, 24, F16, (32, 32, 24), widens=True),
+        LinearProblem("wgrad", most, 32, 24, F16, (32, 32, 40), (1,)),
     ]
 
 
 def test_the_choice_is_made_once_a_regime_and_not_once_a_batch_size(fake_gpu):
-    pytest.importorskip("triton", reason="Triton is not installed")
     asked, on_gpu = fake_gpu
     weight = on_gpu(torch.empty(64, 64, dtype=BF16))
     found = []
-    for rows in (1, 1, 17, 300, 4096, 1):
+    for rows in (1, 1, 17, 300, 4096, 5000, 1):
         x = on_gpu(torch.empty(rows, 64, dtype=BF16))
         module = backend.linear_implementation("forward", (x, weight), 64, 64)
         found.append(module.__name__.split(".")[1])
-    assert found == ["triton", "triton", "reference", "reference", "reference", "triton"]
-    assert [question.rows for question in asked] == [1, 17]
+    assert found == ["triton", "triton", *["reference"] * 4, "triton"]
+    assert [question.rows for question in asked] == [16, 668, dispatch.MOST_ELEMENTS]
+
+
+@pytest.mark.parametrize("machine", [H100, A100, TRYING, WAITING], ids=["h100", "a100", "t", "w"])
+def test_all_batches_of_a_regime_are_chosen_alike(machine):
+    kinds = [problem(), problem("wgrad", widens=True), ODD, GELU, problem(ragged=True)]
+    for asked in kinds:
+        for rows in (1, 15, 16, 17, 600, 668, 669, 3240, 3241, 9999, (1 << 30) - 1, 1 << 30):
+            regime = replace(asked, rows=dispatch.row_regime(rows))
+            assert choose_linear(replace(asked, rows=rows), machine) == choose_linear(
+                regime, machine
+            )
 
 
 def test_each_product_runs_in_the_module_chosen_for_it(monkeypatch):
@@ -219,32 +282,143 @@ def test_the_sanitizer_sees_the_kernel(dtype):
     )
 
 
+BUILT = {
+    "nothing": (False, False), "triton": (True, False), "cuda": (False, True), "both": (True, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("built", "setting", "passed", "wanted", "why"),
+    [
+        ("nothing", "", (), "reference", "Triton is not installed"),
+        ("triton", "", (), "reference", "the Triton kernel is experimental"),
+        ("cuda", "", (), "reference", "the CUDA kernel is experimental"),
+        ("both", "", (), "reference", "the Triton and CUDA kernels are experimental"),
+        ("cuda", "1", (), "cuda", "experimental, turned on"),
+        ("both", "1", (), "triton", "experimental, turned on"),
+        ("both", "", ("cuda_linear",), "cuda", "passed a recorded GPU run"),
+        ("both", "", ("linear", "cuda_linear"), "triton", "passed"),
+        ("both", "1", ("cuda_linear",), "cuda", "passed"),
+        ("triton", "", ("cuda_linear",), "reference", "experimental"),
+    ],
+)
+def test_whether_anything_of_ours_may_run(monkeypatch, built, setting, passed, wanted, why):
+    """Triton where both may: it also sums bias gradients."""
+    triton, cuda = BUILT[built]
+    monkeypatch.setattr(backend, "has_triton", lambda: triton)
+    monkeypatch.setattr(backend, "has_cuda_gemm", lambda: cuda)
+    monkeypatch.setattr(backend, "promoted", lambda kernel: kernel in passed)
+    monkeypatch.setenv("SORTED_KERNELS_EXPERIMENTAL", setting)
+    choice = backend.choose("linear", "cuda")
+    assert choice.backend == wanted and why in choice.reason
+    assert backend.choose("linear", "cpu").backend == "reference"
+    facts = backend.machine(torch.device("cuda"))
+    kernels = {"triton": (triton, "linear"), "cuda": (cuda, "cuda_linear")}
+    assert facts.built == {name for name, (there, _) in kernels.items() if there}
+    assert facts.promoted == {n for n, (there, k) in kernels.items() if there and k in passed}
+    assert backend.machine(torch.device("cuda"), "attention").built <= {"triton"}
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "built", "wanted", "why"),
+    [
+        ("linear", "cuda", "cuda", "cuda", "BACKEND=cuda, where it can run"),
+        ("linear", "cuda", "triton", "reference", "the CUDA kernel is not built"),
+        ("linear", "cpu", "cuda", "reference", "no cuda kernel runs on cpu"),
+        ("layer_norm", "cuda", "both", "reference", "layer_norm has no CUDA kernel"),
+    ],
+)
+def test_the_cuda_back_end_by_force(monkeypatch, op, device, built, wanted, why):
+    monkeypatch.setattr(backend, "has_triton", lambda: BUILT[built][0])
+    monkeypatch.setattr(backend, "has_cuda_gemm", lambda: BUILT[built][1])
+    monkeypatch.setenv("SORTED_KERNELS_BACKEND", "cuda")
+    choice = backend.choose(op, device)
+    assert choice.backend == wanted and why in choice.reason
+
+
+@pytest.mark.parametrize("missing", ["host", "arch", "library", None])
+def test_the_compiled_gemm_needs_its_planner_and_its_architecture(monkeypatch, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (
+            None
+            if name == "sorted_kernels._host" and missing == "host"
+            else find("sorted_kernels" if name == "sorted_kernels._host" else name)
+        ),
+    )
+    archs = ["80"] if missing == "arch" else ["80", "90a"]
+    monkeypatch.setattr(backend, "manifest", lambda: {"archs": archs})
+    monkeypatch.setattr(backend, "load_compiled", lambda: missing != "library")
+    assert backend.has_cuda_gemm() is (missing is None)
+
+
 def doctor(capsys, monkeypatch, *arguments):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(app.console, "width", 200)  # whoever imported it first
     with pytest.raises(SystemExit) as exit_:
         main(["doctor", "--explain", *map(str, arguments)])
     printed = capsys.readouterr()
     return exit_.value.code, printed.out, printed.err
 
 
-@pytest.mark.parametrize("experimental", ["0", "1"])
-def test_doctor_explains(capsys, monkeypatch, experimental):
-    monkeypatch.setenv("SORTED_KERNELS_EXPERIMENTAL", experimental)
+@pytest.fixture
+def everything_built(monkeypatch):
+    """Both kernels are there, and no GPU has run them."""
     monkeypatch.setattr(backend, "has_triton", lambda: True)
+    monkeypatch.setattr(backend, "has_cuda_gemm", lambda: True)
     monkeypatch.setattr(backend, "promoted", lambda op: False)
-    sizes = ("linear", 8, 4096, 4096, 1000, 1000, "bfloat16")
-    code, out, _ = doctor(capsys, monkeypatch, *sizes, "--activation", "relu")
-    found = {
-        (row[0], row[1].removeprefix("here: ")): row[2]
-        for row in (re.split(r"\s*│\s*", line.strip("│ \n")) for line in out.splitlines())
-        if row[0] in PRODUCTS
-    }
+
+
+def explained(capsys, monkeypatch, *arguments):
+    """The back end that ``doctor`` prints, by product and machine, and its reasons."""
+    code, out, _ = doctor(capsys, monkeypatch, *arguments)
     assert code == 0
-    kernel = "triton" if experimental == "1" else "reference"
-    for product in PRODUCTS:
-        assert found[product, "cpu"] == "library"
-        wanted = "library" if product == "wgrad" else kernel
-        assert found[product, "an sm_90 GPU"] == found[product, "an sm_80 GPU"] == wanted
+    rows = (re.split(r"\s*│\s*", line.strip("│ \n")) for line in out.splitlines())
+    return {(row[0], row[1].removeprefix("here: ")): tuple(row[2:4]) for row in rows if row[3:]}
+
+
+@pytest.mark.parametrize("experimental", ["0", "1"])
+def test_doctor_explains(capsys, monkeypatch, everything_built, experimental):
+    monkeypatch.setenv("SORTED_KERNELS_EXPERIMENTAL", experimental)
+    sizes = ("linear", 8, 4096, 4096, 1000, 1000, "bfloat16")
+    found = explained(capsys, monkeypatch, *sizes, "--activation", "relu")
+    for product in (*PRODUCTS, "wgrad into float32"):
+        assert found[product, "cpu"][0] == "library"
+        for gpu, kernel in (("an sm_90 GPU", "cuda"), ("an sm_80 GPU", "triton")):
+            wanted = kernel if experimental == "1" else "reference"
+            assert found[product, gpu][0] == ("library" if product == "wgrad" else wanted)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("sizes", [(40, 64, 48, 37, 21), (9, 64, 48, 64, 48), (700, 24, 17, 24, 9)])
+def test_doctor_prints_what_dispatch_does(
+    capsys, monkeypatch, everything_built, fake_gpu, sizes, ragged
+):
+    """The problems of real calls are those that are explained, but for the batch's regime."""
+    asked, on_gpu = fake_gpu
+    monkeypatch.setenv("SORTED_KERNELS_EXPERIMENTAL", "1")
+    found = explained(
+        capsys, monkeypatch, "linear", *sizes, "bfloat16", *(["--ragged"] if ragged else [])
+    )
+    rows, full_m, full_k, m, k = sizes
+    parent = on_gpu(torch.empty(full_m, full_k, dtype=BF16))
+    wide = on_gpu(torch.empty(full_m, full_k))
+    x, dy = (on_gpu(torch.empty(rows, size, dtype=BF16)) for size in (k, m))
+    for product, *operands in (
+        ("forward", x, parent),
+        ("dgrad", dy, parent),
+        ("wgrad", dy, x, parent[:m, :k]),
+        ("wgrad", dy, x, wide[:m, :k]),
+    ):
+        backend.linear_implementation(product, tuple(operands), m, k, ragged=ragged)
+    assert len(asked) == 4
+    for problem in asked:
+        for name, machine in (
+            ("an sm_90 GPU", TRYING),
+            ("an sm_80 GPU", replace(TRYING, capability=(8, 0))),
+        ):
+            assert found[problem.label, name] == tuple(choose_linear(problem, machine))
 
 
 def test_doctor_says_what_a_forced_back_end_cannot(capsys, monkeypatch):

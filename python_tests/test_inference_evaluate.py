@@ -163,7 +163,7 @@ def test_wrong_arguments(model, data):
     with pytest.raises(OptionError, match="inputs, targets"):
         evaluate(model, SPACE, [data[0]])
     with pytest.raises(OptionError, match="input_shape"):
-        evaluate(model, SPACE, [({"x": data[0]}, data[1])])
+        evaluate(model, SPACE, [((data[0],), data[1])])
     with pytest.raises(OptionError, match="forward="):
         evaluate(model, SPACE, loader, forward=lambda m, x: {"logits": m(x)})
     with pytest.raises(ShapeError, match=r"\(8, 4\).*\(8, 1\)"):

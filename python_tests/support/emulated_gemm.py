@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
 import torch
 
-from sorted_kernels.cuda import gemm
+from sorted_kernels.cuda import gemm, linear
+from sorted_kernels.ops import backend
+from sorted_kernels.ops.dispatch import Machine
+from sorted_kernels.ops.promotion import manifest
 from sorted_kernels.reference.linear import ACTIVATIONS
 
 PROCESSORS = 6
@@ -65,9 +71,9 @@ def _check(a, b):
     assert gemm.supports(a.dtype, *sizes, strides, addresses, (9, 0)) is None
 
 
-def _tables(mode, runs, device, stream):
+def _tables(mode, runs, device):
     schedule = gemm.plan(mode, runs, PROCESSORS)
-    return torch.from_numpy(schedule.tiles), torch.from_numpy(schedule.runs)
+    return gemm.Tables(torch.from_numpy(schedule.tiles), torch.from_numpy(schedule.runs), 0)
 
 
 def install(monkeypatch):
@@ -79,8 +85,44 @@ def install(monkeypatch):
     monkeypatch.setattr(gemm, "_check", _check)
     monkeypatch.setattr(gemm, "_tables", _tables)
     monkeypatch.setattr(gemm, "_processors", lambda device: PROCESSORS)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream)
 
 
-class _Stream:
-    cuda_stream = 0
+def hopper(device, monkeypatch):
+    """Have ``sorted_kernels.cuda`` run on the device of the tests, or skip the test.
+
+    On a machine without a GPU, CPU tensors and emulated threads stand in.
+    """
+    if device == "cpu":
+        pytest.importorskip("sorted_kernels._host", reason="there is neither a GPU nor emulation")
+        install(monkeypatch)
+        return device
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU is not of compute capability 9.0")
+    if "90a" not in manifest().get("archs", []):
+        pytest.skip("the compiled library has no kernel for sm_90a")
+    return device
+
+
+def dispatched(device, monkeypatch, **machine):
+    """Have the public ops take the compiled GEMM where dispatch says so; a list of its calls.
+
+    Args:
+        device: What :func:`hopper` returned.
+        monkeypatch: Undo it and call ``backend.reset()`` at the end.
+        **machine: Other facts of the GPU that stands in.
+    """
+    facts = {"capability": (9, 0), "experimental": True, "built": frozenset({"cuda"})} | machine
+    stand_in = Machine("cuda", **facts)
+    choice = backend.Choice("cuda", "a test's")
+    reference = backend.Choice("reference", "a test's")
+    monkeypatch.setattr(backend, "choose", lambda op, kind: choice if op == "linear" else reference)
+    monkeypatch.setattr(backend, "_machine", functools.cache(lambda device: stand_in))
+    backend.reset()
+    calls, run = [], linear.run_gemm
+
+    def note(mode, a, b, out, runs, **options):
+        calls.append((mode, len(runs), out.dtype))
+        run(mode, a, b, out, runs, **options)
+
+    monkeypatch.setattr(linear, "run_gemm", note)
+    return calls

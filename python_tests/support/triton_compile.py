@@ -24,6 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 FUNCTIONS = (
     "forward", "dgrad", "wgrad", "ragged forward", "ragged dgrad", "ragged wgrad",
 )  # fmt: skip
+INTO_FLOAT32 = ("wgrad into float32", "ragged wgrad into float32")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
     configs = gemm_config.FLOAT_CONFIGS if dtype == torch.float32 else gemm_config.HALF_CONFIGS
     configs = (*configs, gemm_config.decode_config(dtype))
     weight, bias = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, dtype=dtype)
+    wide = torch.zeros(256, 256)
 
     def runs(m, k):
         return [(40, m, k), (24, 48, 32)]
@@ -107,14 +109,16 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
             linear.linear(x, weight, bias, m, "gelu", True, config=config)
         elif function == "dgrad":
             linear.linear_dgrad(dy, weight, k, config=config)
-        elif function == "wgrad":
-            linear.linear_wgrad_into(dy, x, weight[:m, :k], True, config=config)
+        elif function in ("wgrad", "wgrad into float32"):
+            out = weight if function == "wgrad" else wide
+            linear.linear_wgrad_into(dy, x, out[:m, :k], True, config=config)
         elif function == "ragged forward":
             linear.ragged_linear(x, weight, bias, runs(m, k), "gelu", True, config=config)
         elif function == "ragged dgrad":
             linear.ragged_dgrad(dy, weight, runs(m, k), config=config)
         else:
-            linear.ragged_wgrad_into(dy, x, runs(m, k), weight, True, config=config)
+            out = weight if function == "ragged wgrad" else wide
+            linear.ragged_wgrad_into(dy, x, runs(m, k), out, True, config=config)
 
     cases = []
     for config in configs if dtype != torch.float16 else configs[1:2]:
@@ -125,7 +129,8 @@ def _gemm_cases(dtype, capability: int) -> list[tuple[str, Callable[[], object]]
             if dtype == torch.float32 and config is configs[1] and m == 128:
                 fast = dataclasses.replace(config, input_precision="tf32")
                 cases.append((f"forward {tile} tf32", lambda c=fast: run("forward", c, 128, 64)))
-            for function in FUNCTIONS:
+            autocast = dtype == torch.bfloat16 and config in configs[:2]  # the most registers
+            for function in (*FUNCTIONS, *(INTO_FLOAT32 if autocast else ())):
                 label = f"{function} {tile} {'odd' if m % 2 else 'aligned'}"
                 cases.append((label, lambda f=function, c=config, m=m, k=k: run(f, c, m, k)))
     return cases
@@ -246,7 +251,13 @@ def _row_cases(dtype) -> list[tuple[str, Callable[[], object]]]:
 
     def decode(k):
         x, y = torch.zeros(4, k, dtype=dtype), torch.zeros(4, 1024, dtype=dtype)
-        decoding.linear_split(x, weight.view(-1, 1024)[:, :k], weight, y[:, :k], y, 2, "gelu")
+        table, rows = weight.view(-1, 1024)[:, :k], torch.ones(4, dtype=torch.int32)
+        out = y.view(-1)[: 4 * k].view(4, k)
+        decoding.split_product(x, table, out, 2, bias=weight, z=y, activation="gelu")
+        decoding.split_product(x, table, out, 2, transposed=False)
+        each = {"limits": rows, "widths": rows, "aligned": k % 16 == 0}
+        decoding.split_product(x, table, out, 2, bias=weight, z=y, activation="gelu", **each)
+        decoding.split_product(x, table, out, 2, transposed=False, **each)
 
     def lookup(k):
         indices, table = torch.zeros(4, dtype=torch.int64), weight.view(16, 1024)

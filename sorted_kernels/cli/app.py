@@ -70,6 +70,7 @@ def demo(
         "doctor",
         "doctor --explain linear 4096 4096 4096 1001 999 bfloat16",
         "doctor --explain linear 8 4096 4096 512 512 float32 --activation gelu",
+        "doctor --explain linear 512 4096 4096 4096 2048 bfloat16 --ragged",
     )
 )
 def doctor(
@@ -83,6 +84,9 @@ def doctor(
     activation: Annotated[
         str, typer.Option(help="With --explain: none, relu, gelu or silu.")
     ] = "none",
+    ragged: Annotated[
+        bool, typer.Option(help="With --explain: rows have sizes of their own, at most (m, k).")
+    ] = False,
 ) -> None:
     """Show what is installed, which back end each operation takes here and why."""
     if explain is None:
@@ -91,7 +95,8 @@ def doctor(
     op, rows, full_m, full_k, m, k, dtype = explain
     if op != "linear":
         raise OptionError(f"--explain is {op!r}; allowed is linear")
-    problems = doctoring.linear_problems(rows, (full_m, full_k), (m, k), dtype, activation)
+    sizes = (full_m, full_k), (m, k)
+    problems = doctoring.linear_problems(rows, *sizes, dtype, activation, ragged)
     doctoring.explain(console, problems)
 
 

@@ -49,8 +49,10 @@ def run_compare(
     with runs.threads(comparison.threads):
         outcomes = _run_all(comparison, runner, say)
     found = comparison_report.columns(comparison, outcomes, runner.flops())
+    # A file has no width that tables must fit into; rich would take 80 columns.
+    wide = console if console.is_terminal else Console(file=console.file, width=160)
     for table in comparison_report.tables(found):
-        console.print(table)
+        wide.print(table)
     for path in comparison_report.write(found, out):
         say(str(path))
     return found

@@ -122,9 +122,16 @@ def report(console: Console) -> None:
 
 
 def linear_problems(
-    rows: int, full: tuple[int, int], active: tuple[int, int], dtype: str, activation: str = "none"
+    rows: int,
+    full: tuple[int, int],
+    active: tuple[int, int],
+    dtype: str,
+    activation: str = "none",
+    ragged: bool = False,
 ) -> list[LinearProblem]:
     """The three products of a layer whose activations are dense.
+
+    Half-precision products are followed by autocast's wgrad, whose gradient is float32.
 
     Args:
         rows: N.
@@ -132,6 +139,7 @@ def linear_problems(
         active: (m, k) of its block.
         dtype: Name of the element type.
         activation: What follows the forward product.
+        ragged: Whether rows have sizes of their own, ``active`` being the largest.
 
     Raises:
         ShapeError: A size below 1, or an active one above the full one.
@@ -150,7 +158,7 @@ def linear_problems(
             raise ShapeError(f"{name.lower()} is {above}; allowed are 1 to {name}, which is {size}")
     (_, weight), (dy, x) = full, active
     strides = {"forward": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x, weight)}
-    return [
+    problems = [
         LinearProblem(
             product,
             rows,
@@ -158,9 +166,13 @@ def linear_problems(
             names[dtype],
             strides[product],
             activation=activation if product == "forward" else "none",
+            ragged=ragged,
         )
         for product in PRODUCTS
     ]
+    if names[dtype].itemsize == 2:
+        problems.append(dataclasses.replace(problems[-1], widens=True))
+    return problems
 
 
 def machines() -> list[tuple[str, Machine]]:
@@ -182,7 +194,7 @@ def explain(console: Console, problems: Iterable[LinearProblem]) -> None:
                 choice = choose_linear(problem, machine)
             except DeviceError as error:
                 choice = Choice("error", str(error))
-            rows.append((problem.product, name, *choice))
+            rows.append((problem.label, name, *choice))
     console.print(_table("linear", ("product", "device", "back end", "why"), rows))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from sorted_kernels.reference.linear import ACTIVATIONS
 Runs = tuple[tuple[int, int, int], ...]
 MODES = ("forward", "dgrad", "wgrad")
 DTYPES = (torch.bfloat16, torch.float16)
-PADDING = 64
-"""Rows of outputs begin at multiples of this many elements, and are zero up to there."""
+ROW_STEP = 8
+"""Rows that TMA reads begin at multiples of this many elements (16 bytes)."""
 
 
 def supports(
@@ -51,8 +51,8 @@ def supports(
         if not 1 <= size < 2**30:
             return f"{name}={size}; allowed are sizes from 1 to 2^30 - 1"
     for stride in strides:
-        if stride % 8:
-            return f"row stride {stride}; allowed are multiples of 8 elements (16 bytes)"
+        if stride % ROW_STEP:
+            return f"row stride {stride}; allowed are multiples of {ROW_STEP} elements (16 bytes)"
     for address in addresses:
         if address % 16:
             return f"address {address:#x}; allowed are multiples of 16 bytes"
@@ -78,13 +78,41 @@ def plan(mode: str, runs: Runs, processors: int) -> Any:
     return host.schedule_gemm(mode, runs, host.choose_tiles(mode, runs, processors))
 
 
+class Tables(NamedTuple):
+    """A ragged product's schedule in device memory, and the CUDA stream it was made on."""
+
+    tiles: Tensor
+    runs: Tensor
+    stream: int
+
+
+_captured: dict[tuple[str, Runs, torch.device], Tables] = {}
+"""What CUDA graphs read: they hold addresses only, so it stays for as long as the process."""
+
+
+def _tables(mode: str, runs: Runs, device: torch.device) -> Tables:
+    """The tables of a product; those of a product seen before cost neither work nor a copy.
+
+    While a CUDA graph is captured, the product must have been seen before: a copy from the host
+    would be captured with the address that the host's memory has now.
+    """
+    tables = _made(mode, runs, device)
+    stream = torch.cuda.current_stream(device)
+    if stream.cuda_stream != tables.stream:
+        # The cache may drop the tables while another stream still reads them.
+        tables.tiles.record_stream(stream)
+        tables.runs.record_stream(stream)
+    if torch.cuda.is_current_stream_capturing():
+        _captured[mode, runs, device] = tables
+    return tables
+
+
 @functools.lru_cache(maxsize=256)
-def _tables(mode: str, runs: Runs, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """A ragged schedule's tables in device memory. They are there in the order of the stream."""
+def _made(mode: str, runs: Runs, device: torch.device) -> Tables:
     schedule = plan(mode, runs, _processors(device))
-    tables = (torch.from_numpy(schedule.tiles), torch.from_numpy(schedule.runs))
-    tiles, rows = (table.pin_memory().to(device, non_blocking=True) for table in tables)
-    return tiles, rows
+    # From pageable memory, for which the host waits: any stream may read it afterwards.
+    tiles, rows = (torch.from_numpy(part).to(device) for part in (schedule.tiles, schedule.runs))
+    return Tables(tiles, rows, torch.cuda.current_stream(device).cuda_stream)
 
 
 @functools.cache
@@ -130,9 +158,10 @@ def run_gemm(
         mode: One of :data:`MODES`.
         a: x (N, k) for forward, else dy (N, m).
         b: W (m, k) for forward and dgrad, x (N, k) for wgrad; views of the parents.
-        out: The result's rows; its columns, and padding columns, which become zero, and not for
-            wgrad. A ragged product writes no element that its rows do not have, but zeros beside
-            them: give it zeros.
+        out: The result's rows, at any address and row stride (those of 16 bytes are stored
+            faster); its columns, and padding columns, which become zero, and not for wgrad. A
+            ragged product writes no element that its rows do not have, but zeros beside them: give
+            it zeros.
         runs: ``(rows, m, k)`` triples, sorted largest first; the first has a's and b's sizes.
         bias: (m,) or longer, for forward.
         saved: Like ``out``: receives what the activation sees.
@@ -149,8 +178,7 @@ def run_gemm(
     schedule = plan(mode, runs, _processors(a.device))
     tiles, rows, split = None, None, schedule.choice.split_k
     if len(runs) > 1:
-        stream = torch.cuda.current_stream(a.device).cuda_stream
-        tiles, rows = _tables(mode, runs, a.device, stream)
+        tiles, rows, _ = _tables(mode, runs, a.device)
     if sizes is not None:
         split = 1
     torch.ops.sorted_kernels.native_gemm(

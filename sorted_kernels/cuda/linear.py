@@ -2,9 +2,15 @@
 
 Twin of :mod:`sorted_kernels.reference.linear`, where arguments and results are described, for
 bfloat16 and float16 on sm_90; gradients of the weight may be float32. The kernel reads the parents
-in place; addresses and row strides have to be multiples of 16 bytes. Outputs are views of buffers
-whose rows begin at multiples of 64 elements and are zero up to there, so that odd sizes stay on
-this path from layer to layer. Sums are float32, and results the same each time.
+in place; their addresses and row strides have to be multiples of 16 bytes. Sums are float32, and
+results the same each time.
+
+Outputs are dense, whatever their width, as every user of a tensor expects (``view``, a compiled
+graph, the next operation). Padded rows would not survive the first elementwise operation: PyTorch
+gives its result dense rows. So the kernel stores odd rows an element at a time, and activations
+whose rows TMA cannot address are copied into rows that it can: one pass over an activation, against
+a product of hundreds of operations an element. What is aligned, padded by its owner too, is read in
+place.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sorted_kernels.cuda.gemm import PADDING, Runs, run_gemm
+from sorted_kernels.cuda.gemm import ROW_STEP, Runs, run_gemm
 from sorted_kernels.reference.linear import activate, activation_backward, bias_grad_into
 from sorted_kernels.reference.ragged import ragged_bias_grad_into
 
@@ -31,14 +37,22 @@ __all__ = [
 ]
 
 
-def _padded(like: Tensor, columns: int, *, zeros: bool = False) -> Tensor:
-    """Rows of ``like``, with columns up to the next multiple of the padding."""
-    shape = (*like.shape[:-1], -(-columns // PADDING) * PADDING)
-    return like.new_zeros(shape) if zeros else like.new_empty(shape)
+def _rows(x: Tensor, cols: int) -> Tensor:
+    """Leading columns of activations (..., c) as rows that TMA can address: a view, or a copy."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    count, stored = rows.shape
+    dense = cols == 1 or rows.stride(1) == 1
+    apart = count == 1 or (rows.stride(0) % ROW_STEP == 0 and rows.stride(0) >= cols)
+    if dense and apart and rows.data_ptr() % 16 == 0:
+        return rows if stored == cols else rows[:, :cols]
+    padded = rows.new_empty((count, -(-cols // ROW_STEP) * ROW_STEP))
+    return padded[:, :cols].copy_(rows[:, :cols])
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _output(like: Tensor, columns: int, runs: Runs) -> Tensor:
+    """Rows of ``like``; zeros where a ragged product leaves tiles out."""
+    shape = (*like.shape[:-1], columns)
+    return like.new_zeros(shape) if len(runs) > 1 else like.new_empty(shape)
 
 
 def _runs(runs: Sequence[tuple[int, int, int]]) -> Runs:
@@ -49,31 +63,28 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, runs: Runs, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     _, m, k = runs[0]
-    y = _padded(x, m, zeros=len(runs) > 1)
-    z = None
-    if save and activation in ("gelu", "silu"):
-        z = _padded(x, m, zeros=len(runs) > 1)
+    y = _output(x, m, runs)
+    z = _output(x, m, runs) if save and activation in ("gelu", "silu") else None
     if x.numel() > 0:
-        saved = None if z is None else _rows(z)
         run_gemm(
-            "forward", _rows(x)[:, :k], weight[:m, :k], _rows(y), runs,
-            bias=bias, saved=saved, activation=activation,
+            "forward", _rows(x, k), weight[:m, :k], y.view(-1, m), runs, bias=bias,
+            saved=None if z is None else z.view(-1, m), activation=activation,
         )  # fmt: skip
-    return y[..., :m], x.new_empty(0) if z is None else z[..., :m]
+    return y, x.new_empty(0) if z is None else z
 
 
 def _dgrad(dy: Tensor, weight: Tensor, runs: Runs) -> Tensor:
     _, m, k = runs[0]
-    dx = _padded(dy, k, zeros=len(runs) > 1)
+    dx = _output(dy, k, runs)
     if dy.numel() > 0:
-        run_gemm("dgrad", _rows(dy)[:, :m], weight[:m, :k], _rows(dx), runs)
-    return dx[..., :k]
+        run_gemm("dgrad", _rows(dy, m), weight[:m, :k], dx.view(-1, k), runs)
+    return dx
 
 
 def _wgrad_into(dy: Tensor, x: Tensor, runs: Runs, out: Tensor, accumulate: bool) -> None:
     _, m, k = runs[0]
     if dy.numel() > 0:
-        a, b = _rows(dy)[:, :m], _rows(x)[:, :k]
+        a, b = _rows(dy, m), _rows(x, k)
         run_gemm("wgrad", a, b, out[:m, :k], runs, accumulate=accumulate)
     elif not accumulate:
         out[:m, :k].zero_()
@@ -97,7 +108,7 @@ def linear(
 
     Raises:
         DeviceError, DTypeError, StrideError: What :func:`~sorted_kernels.cuda.gemm.supports`
-            says no to.
+            says no to, of the weight.
     """
     runs = ((x.numel() // x.shape[-1], out_features, x.shape[-1]),)
     return _forward(x, weight, bias, runs, activation, save)

@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,15 +60,16 @@ def evaluate(
         progress: Show a progress bar (needs ``rich`` and a terminal, and is left out otherwise).
         latency: Also measure each sub-model's forward on the loader's first batch (median of 15).
         input_shape: Shape, batch axis first, at which FLOPs are counted; that of one sample of the
-            first batch otherwise.
+            first batch otherwise, given to the model itself (with ``forward``, inputs may be a
+            mapping of tensors: the model's keywords).
 
     Returns:
         One row a sub-model, with its metric, parameters and FLOPs.
 
     Raises:
         SpaceError: The space is empty.
-        OptionError: The metric is unknown, the loader is empty, or the inputs are not a tensor and
-            ``input_shape`` is not given.
+        OptionError: The metric is unknown, the loader is empty, or the inputs are of another kind
+            and ``input_shape`` is not given.
         ShapeError: Outputs and targets do not fit the named metric.
         DimensionError: A sub-model does not fit the model.
     """
@@ -85,7 +86,7 @@ def evaluate(
         for batch in loader:
             inputs, targets = move(pair(batch), target)
             if shape is None:
-                shape = _one_sample(inputs)
+                shape = _one_sample(inputs, forward is not None)
             for tally in tallies:
                 activate(model, tally.submodel)
                 tally.add(run(model, inputs), targets)
@@ -122,7 +123,7 @@ class _Tally:
         count = float(self.count)
         return float(self.sum) / count if count else math.nan
 
-    def row(self, model: torch.nn.Module, shape: tuple[int, ...] | torch.Tensor) -> Row:
+    def row(self, model: torch.nn.Module, shape: Any) -> Row:
         metric = self.value()
         parameters = count_parameters(model, self.submodel)
         flops = count_flops(model, self.submodel, shape)
@@ -222,7 +223,9 @@ def move(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _one_sample(inputs: Any) -> torch.Tensor:
+def _one_sample(inputs: Any, keywords: bool) -> torch.Tensor | dict[str, torch.Tensor]:
+    if keywords and isinstance(inputs, Mapping):
+        return {name: value[:1] for name, value in inputs.items()}
     if not isinstance(inputs, torch.Tensor):
         raise OptionError(
             f"input_shape is needed to count FLOPs where inputs are a {type(inputs).__name__}"

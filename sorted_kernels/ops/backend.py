@@ -16,14 +16,14 @@ from sorted_kernels import env
 from sorted_kernels.errors import DeviceError
 from sorted_kernels.ops.attention_dispatch import AttentionProblem, choose_attention
 from sorted_kernels.ops.dispatch import (
-    DECODE_ROWS,
     Choice,
     LinearProblem,
     Machine,
     choose_linear,
+    row_regime,
 )
 from sorted_kernels.ops.library import load_compiled
-from sorted_kernels.ops.promotion import promoted
+from sorted_kernels.ops.promotion import manifest, promoted
 
 OPS = (
     "linear", "layer_norm", "rms_norm", "embedding", "conv2d", "batch_norm", "group_norm",
@@ -36,11 +36,28 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_cuda_gemm() -> bool:
+    """Whether the compiled GEMM could be called on a GPU that has its instructions.
+
+    Its tiles are planned by a second compiled module, which needs nothing but a C++ compiler.
+    """
+    planned = importlib.util.find_spec("sorted_kernels._host") is not None
+    return planned and "90a" in manifest().get("archs", ()) and load_compiled()
+
+
+def _built(op: str) -> dict[str, str]:
+    """The kernels of ours that could be called for an op, and their names for promotion."""
+    built = {"triton": op} if has_triton() else {}
+    if op == "linear" and has_cuda_gemm():
+        built["cuda"] = "cuda_linear"
+    return built
+
+
 def choose(op: str, device_type: str) -> Choice:
     """The back end of an op on a device type, and why.
 
-    For a uniform linear product on CUDA, this is the most that may run; its sizes have the last
-    word (:func:`linear_implementation`).
+    For a linear product on CUDA, this is whether a kernel of ours may run at all, and what sums
+    bias gradients; sizes have the last word on the products (:func:`linear_implementation`).
 
     Raises:
         DeviceError: ``SORTED_KERNELS_BACKEND`` asks for one that cannot run here.
@@ -55,16 +72,29 @@ def choose(op: str, device_type: str) -> Choice:
             )
         return Choice("triton", "SORTED_KERNELS_BACKEND=triton")
     if forced is not None:
-        return Choice("reference", f"SORTED_KERNELS_BACKEND={forced}, and {op} has no CUDA kernel")
+        setting = f"SORTED_KERNELS_BACKEND={forced}"
+        if forced == "reference":
+            return Choice("reference", setting)
+        if op != "linear":
+            return Choice("reference", f"{setting}, and {op} has no CUDA kernel")
+        if device_type != "cuda":
+            return Choice("reference", f"{setting}, but no cuda kernel runs on {device_type}")
+        if not has_cuda_gemm():
+            return Choice("reference", f"{setting}, but the CUDA kernel is not built")
+        return Choice("cuda", f"{setting}, where it can run")
     if device_type != "cuda":
         return Choice("reference", "PyTorch on strided views: the CPU path")
-    if not has_triton():
+    built = _built(op)
+    for backend, kernel in built.items():
+        if promoted(kernel):
+            return Choice(backend, "passed a recorded GPU run")
+    if built and env.experimental():
+        return Choice(next(iter(built)), "experimental, turned on by SORTED_KERNELS_EXPERIMENTAL")
+    if not built:
         return Choice("reference", "PyTorch on strided views: Triton is not installed")
-    if promoted(op):
-        return Choice("triton", "passed a recorded GPU run")
-    if env.experimental():
-        return Choice("triton", "experimental, turned on by SORTED_KERNELS_EXPERIMENTAL")
-    return Choice("reference", "PyTorch on strided views: the Triton kernel is experimental")
+    kernels = " and ".join({"triton": "Triton", "cuda": "CUDA"}[backend] for backend in built)
+    verb = "kernel is" if len(built) == 1 else "kernels are"
+    return Choice("reference", f"PyTorch on strided views: the {kernels} {verb} experimental")
 
 
 @functools.cache
@@ -74,16 +104,15 @@ def _module(op: str, device_type: str) -> ModuleType:
 
 def machine(device: torch.device, op: str = "linear") -> Machine:
     """What the choice for a linear product, or for attention, depends on besides its sizes."""
-    # The wgmma kernel joins here ("cuda") with the name that promotion has for it.
-    built = frozenset({"triton"}) if has_triton() else frozenset()
+    built = _built(op)
     there = device.type == "cuda" and torch.cuda.is_available()
     return Machine(
         device_type=device.type,
         capability=torch.cuda.get_device_capability(device) if there else None,
         forced=env.forced_backend(),
         experimental=env.experimental(),
-        built=built,
-        promoted=built if promoted(op) else frozenset(),
+        built=frozenset(built),
+        promoted=frozenset(backend for backend, kernel in built.items() if promoted(kernel)),
         interpreter=env.triton_interpreter(),
     )
 
@@ -92,7 +121,12 @@ _machine = functools.cache(machine)
 
 
 def linear_implementation(
-    product: str, operands: tuple[Tensor, ...], m: int, k: int, activation: str = "none"
+    product: str,
+    operands: tuple[Tensor, ...],
+    m: int,
+    k: int,
+    activation: str = "none",
+    ragged: bool = False,
 ) -> ModuleType:
     """The module that runs one product of a linear layer.
 
@@ -100,26 +134,27 @@ def linear_implementation(
         product: ``"forward"``, ``"dgrad"`` or ``"wgrad"``.
         operands: The activations (..., features) first, then whatever else has a row stride of its
             own: the parent weight, or the view that takes the gradient.
-        m: Active output features.
-        k: Active input features.
+        m: Active output features; of a ragged batch, the largest row's.
+        k: Active input features, likewise.
         activation: What follows the forward product.
+        ragged: Whether rows have sizes of their own.
     """
     x = operands[0]
     if x.dtype is torch.float64 or _reference_only:
         return _reference("linear")
-    if not x.is_cuda:
-        return _module("linear", x.device.type)
-    if _module("linear", "cuda") is _reference("linear"):  # no kernel of ours may run at all
+    if _module("linear", x.device.type) is _reference("linear"):  # no kernel of ours may run
         return _reference("linear")
     return _linear_module(
         product,
-        min(x.numel() // max(x.shape[-1], 1), DECODE_ROWS + 1),  # a key a regime, not a batch size
+        row_regime(x.numel() // max(x.shape[-1], 1)),  # a key a regime, not a batch size
         m,
         k,
         x.dtype,
         tuple(map(_row_stride, operands)),
-        all(tensor.data_ptr() % 16 == 0 for tensor in operands),
+        tuple(i for i, tensor in enumerate(operands) if tensor.data_ptr() % 16 != 0),
         activation,
+        ragged,
+        operands[-1].dtype is torch.float32 and x.dtype is not torch.float32,
         x.device,
     )
 
@@ -139,11 +174,15 @@ def _linear_module(
     k: int,
     dtype: torch.dtype,
     strides: tuple[int, ...],
-    aligned_base: bool,
+    misplaced: tuple[int, ...],
     activation: str,
+    ragged: bool,
+    widens: bool,
     device: torch.device,
 ) -> ModuleType:
-    problem = LinearProblem(product, rows, m, k, dtype, strides, aligned_base, activation)
+    problem = LinearProblem(
+        product, rows, m, k, dtype, strides, misplaced, activation, ragged, widens
+    )
     backend = choose_linear(problem, _machine(device)).backend
     name = "reference" if backend == "library" else backend
     return importlib.import_module(f"sorted_kernels.{name}.linear")

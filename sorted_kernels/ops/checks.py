@@ -114,6 +114,25 @@ def centre(block: Tensor, taps: Sequence[int]) -> Tensor:
     return block[:, :, top : top + kh, left : left + kw]
 
 
+def cast_block(weight: Tensor, m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """What autocast multiplies by: ``weight[:m, :k]`` in another dtype, never the whole weight.
+
+    Rows start at multiples of 16 bytes, so that an odd k does not keep it off the fast kernels.
+    """
+    step = 16 // dtype.itemsize
+    block = weight.new_empty((m, -(-k // step) * step), dtype=dtype)[:, :k]
+    return block.copy_(weight[:m, :k])
+
+
+def sums_apart(dy: Tensor, out: Tensor, in_plain_torch: bool) -> bool:
+    """Whether autocast's gradient of a weight needs a product of its own before it is added.
+
+    dy has half precision and ``out`` has not. Kernels of ours write into float32; PyTorch's product
+    has one dtype.
+    """
+    return dy.dtype != out.dtype and (in_plain_torch or out.dtype is not torch.float32)
+
+
 def autocast_wide(x: Tensor, weight: Tensor | None) -> Tensor:
     """Under ``torch.autocast``, norms run in their parameters' dtype, as torch's own do."""
     if weight is not None and x.dtype != weight.dtype:

@@ -15,11 +15,13 @@ from sorted_kernels.ops.backend import implementation, linear_implementation
 from sorted_kernels.ops.blocks import Blocks, lean_apply
 from sorted_kernels.ops.checks import (
     autocast,
+    cast_block,
     check_count,
     check_input,
     check_parameter,
     check_same_dtype,
     embed_prefix,
+    sums_apart,
 )
 from sorted_kernels.ops.gradient import (
     ANCHOR,
@@ -50,7 +52,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     if weight.dtype != x.dtype:  # autocast casts the block, never the whole weight
-        weight = weight[:out_features, : x.shape[-1]].to(x.dtype)
+        weight = cast_block(weight, out_features, x.shape[-1], x.dtype)
         bias = None if bias is None else bias[:out_features].to(x.dtype)
     sizes = out_features, x.shape[-1]
     module = linear_implementation("forward", (x, weight), *sizes, activation)
@@ -59,7 +61,7 @@ def _linear(
 
 def _dgrad(dy: Tensor, weight: Tensor, in_features: int) -> Tensor:
     if weight.dtype != dy.dtype:
-        weight = weight[: dy.shape[-1], :in_features].to(dy.dtype)
+        weight = cast_block(weight, dy.shape[-1], in_features, dy.dtype)
     module = linear_implementation("dgrad", (dy, weight), dy.shape[-1], in_features)
     return module.linear_dgrad(dy, weight, in_features)
 
@@ -76,12 +78,12 @@ def _wgrad_(dy: Tensor, x: Tensor, grad: Tensor) -> None:
 
 
 def _wgrad_into(dy: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
-    if dy.dtype != out.dtype:  # autocast: half-precision activations, float32 gradients
+    module = linear_implementation("wgrad", (dy, x, out), *out.shape)
+    if sums_apart(dy, out, module is reference):
         product = torch.empty(out.shape, dtype=dy.dtype, device=dy.device)
         _wgrad_into(dy, x, product, False)
         out.add_(product) if accumulate else out.copy_(product)
         return
-    module = linear_implementation("wgrad", (dy, x, out), *out.shape)
     module.linear_wgrad_into(dy, x, out, accumulate)
 
 

@@ -63,19 +63,17 @@ class _LinearCrossEntropy(Function):
             ctx.needs_input_grad[1] or weight_slot is not None,
             bias is not None and (ctx.needs_input_grad[2] or bias_slot is not None),
         )
-        ctx.ahead = ahead and factor is not None and any(ctx.wants)
-        found: Unit = (None, None, None)
-        if ctx.ahead:
-            found = _unit_gradients(hidden, weight, bias, ctx.wants)
-            places = Gradients(*found)
+        ctx.unit = None
+        if ahead and factor is not None and any(ctx.wants):
+            ctx.unit = _unit_gradients(hidden, weight, bias, ctx.wants)
+            places = Gradients(*ctx.unit)
             losses = run_with(
                 hidden, weight, bias, target, None, ignore_index, label_smoothing, places
             )
         else:
             run = torch.ops.sorted_kernels.linear_cross_entropy if is_compiling() else losses_of
             losses = run(hidden, weight, bias, target, *ctx.options)
-        # Saved as tensors are, the gradients are gone after the backward, whoever keeps the loss.
-        ctx.save_for_backward(hidden, weight, bias, target, factor, *found)
+        ctx.save_for_backward(hidden, weight, bias, target, factor)
         return losses if factor is None else losses.view(exits, -1).sum(1) * factor
 
     @staticmethod
@@ -84,19 +82,20 @@ class _LinearCrossEntropy(Function):
             if not ctx.dense:
                 raise GradientError(IN_PLACE_TWICE)
             return (*_differentiable(ctx, dy), *[None] * 10)
-        hidden, weight, bias, target, factor, *found = ctx.saved_tensors
+        hidden, weight, bias, target, factor = ctx.saved_tensors
         scale = dy if factor is None else dy * factor.masked_fill(factor.isinf(), 0)
-        # One factor for all rows, if the forward has gone ahead and the exits' factors agree.
-        ready = ctx.ahead and (ctx.exits == 1 or dy.stride(0) == 0 or bool((dy == dy[0]).all()))
-        if not ready and factor is not None:
+        unit = _handed_over(ctx)
+        if unit is not None and ctx.exits > 1 and dy.stride(0) and not bool((dy == dy[0]).all()):
+            unit = None  # the exits' factors differ
+        if unit is None and factor is not None:
             rows = hidden.shape[0] // ctx.exits
             scale = scale.unsqueeze(1).expand(ctx.exits, rows).reshape(-1)
         if not ctx.dense and not is_compiling():
-            return _land(ctx, scale, found if ready else None), *[None] * 12
-        if ready:
+            return _land(ctx, scale, unit), *[None] * 12
+        if unit is not None:
             dx, dw, db = (
                 None if part is None else _times(part, scale, like)
-                for part, like in zip(found, (hidden, weight, bias), strict=True)
+                for part, like in zip(unit, (hidden, weight, bias), strict=True)
             )
         else:
             run = torch.ops.sorted_kernels.linear_cross_entropy_backward
@@ -114,7 +113,9 @@ class _LinearCrossEntropy(Function):
             weight_slot.expect(weight.shape[0], hidden.shape[1])
         if bias_slot is not None:
             bias_slot.expect(weight.shape[0])
-        return dx, None if dw is None else embed_prefix(dw, weight.shape), db, *[None] * 10
+        if dw is not None and (is_compiling() or dw.shape != weight.shape):
+            dw = embed_prefix(dw, weight.shape)
+        return dx, dw, db, *[None] * 10
 
 
 def _unit_gradients(
@@ -134,43 +135,59 @@ def _unit_gradients(
     )
 
 
+def _handed_over(ctx: Any) -> Unit | None:
+    """The gradients that the forward has ready, which are then the backward's own.
+
+    It may write on them, so that a hidden state costs its gradient and not two of them, and they
+    are gone after it, whoever keeps the loss. A second backward over the graph computes its own.
+    """
+    unit = ctx.unit
+    if unit is not None:
+        ctx.unit = None
+    return unit
+
+
 def _times(part: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """A unit gradient times the first of the scales, rounded once to the dtype of ``like``."""
+    """A unit gradient, which is lost, times the first of the scales in the dtype of ``like``."""
+    if part.dtype == like.dtype:
+        # In half precision on a CPU, a factor with an axis would bring a float32 copy of the rest;
+        # on a GPU one without an axis would be rounded first.
+        return part.mul_(scale[:1] if part.is_cuda else scale[0])
     return torch.mul(part, scale[:1], out=torch.empty_like(part, dtype=like.dtype))
 
 
-def _land(ctx: Any, scale: Tensor, found: list[Tensor | None] | None) -> Tensor | None:
+def _land(ctx: Any, scale: Tensor, unit: Unit | None) -> Tensor | None:
     """Gradients of weight and bias straight into their parameters'; returns that of hidden.
 
     Args:
         ctx: Of the forward.
         scale: What the gradients in ``found`` are multiplied by (its first element), or else the
             upstream gradients (R,) of the rows.
-        found: Gradients for an upstream gradient of one, if the forward has them.
+        unit: Gradients for an upstream gradient of one, if the forward has them; they are lost.
     """
-    hidden, weight, bias, target = ctx.saved_tensors[:4]
+    hidden, weight, bias, target, _ = ctx.saved_tensors
     sizes = ((weight.shape[0], hidden.shape[1]), (weight.shape[0], 1))
     (dw, add_dw), (db, add_db) = (
         slot.prefix(*size) if lands(slot) else (None, False)
         for slot, size in zip(ctx.slots, sizes, strict=True)
     )
-    if found is None:
+    if unit is None:
         dx = torch.empty_like(hidden) if ctx.wants[0] else None
         places = Gradients(dx, dw, db, (add_dw, add_db))
         ignore_index, label_smoothing = ctx.options
         run_with(hidden, weight, bias, target, scale, ignore_index, label_smoothing, places)
         return dx
-    for view, accumulate, part in ((dw, add_dw, found[1]), (db, add_db, found[2])):
+    for view, accumulate, part in ((dw, add_dw, unit[1]), (db, add_db, unit[2])):
         if view is not None and accumulate:
             view.addcmul_(part, scale[:1])  # type: ignore[arg-type]
         elif view is not None:
             torch.mul(part, scale[:1], out=view)  # type: ignore[arg-type]
-    return None if found[0] is None else _times(found[0], scale, hidden)
+    return None if unit[0] is None else _times(unit[0], scale, hidden)
 
 
 def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Gradients in PyTorch operations that can be differentiated again; logits are whole here."""
-    hidden, weight, bias, target, factor = ctx.saved_tensors[:5]
+    hidden, weight, bias, target, factor = ctx.saved_tensors
     ignore_index, label_smoothing = ctx.options
     block = weight[:, : hidden.shape[1]].to(hidden.dtype)
     shift = None if bias is None else bias.to(hidden.dtype)

@@ -38,7 +38,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "conv2d": (
         *_TRITON, "triton/conv2d.py", "triton/conv_gemm.py", "triton/conv_wgrad.py",
         "triton/conv_taps.py", "triton/conv_config.py", "triton/depthwise.py",
-        "triton/channel_sum.py", "triton/column_sum.py", "triton/epilogue.py", "triton/gemm.py",
+        "triton/conv_bias_grad.py", "triton/column_sum.py", "triton/epilogue.py", "triton/gemm.py",
         "triton/gemm_config.py", "triton/gemm_launch.py", "triton/autotune.py",
     ),
     "linear_cross_entropy": (*_TRITON, "triton/linear_cross_entropy.py"),

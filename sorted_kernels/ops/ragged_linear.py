@@ -11,15 +11,18 @@ from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops import ragged_products
-from sorted_kernels.ops.backend import in_compiled_torch
-from sorted_kernels.ops.checks import autocast
+from sorted_kernels.ops.backend import (
+    implementation,
+    in_compiled_torch,
+    linear_implementation,
+)
+from sorted_kernels.ops.checks import autocast, cast_block, sums_apart
 from sorted_kernels.ops.gradient import ANCHOR, IN_PLACE_TWICE, GradientSlot, lands
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.ops.ragged import (
     announce,
     dense_rows,
     largest,
-    ragged_implementation,
     refuse_double_backward,
     triples,
 )
@@ -40,46 +43,59 @@ LIBRARY.define(
 )
 
 
-def _backend(x: Tensor) -> Any:
-    module = ragged_implementation("linear", "ragged_linear", x)
-    return ragged_products if module is reference and in_compiled_torch(x) else module
+def _backend(
+    product: str, operands: tuple[Tensor, ...], runs: list[int], activation: str = "none"
+) -> Any:
+    """The module that runs a product; its operands are those of :func:`linear_implementation`."""
+    module = linear_implementation(product, operands, *largest(runs), activation, ragged=True)
+    return module if hasattr(module, "ragged_linear") else _in_plain_torch(operands[0])
+
+
+def _in_plain_torch(x: Tensor) -> Any:
+    return ragged_products if in_compiled_torch(x) else reference
 
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, runs: list[int], activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
-    if weight.dtype != x.dtype:  # autocast casts the block, never the whole weight
+    if weight.dtype != x.dtype:
         m, k = largest(runs)
-        weight = weight[:m, :k].to(x.dtype)
+        weight = cast_block(weight, m, k, x.dtype)
         bias = None if bias is None else bias[:m].to(x.dtype)
-    return _backend(x).ragged_linear(dense_rows(x), weight, bias, triples(runs), activation, save)
+    x = dense_rows(x)
+    module = _backend("forward", (x, weight), runs, activation)
+    return module.ragged_linear(x, weight, bias, triples(runs), activation, save)
 
 
 def _dgrad(dy: Tensor, weight: Tensor, runs: list[int]) -> Tensor:
     if weight.dtype != dy.dtype:
-        m, k = largest(runs)
-        weight = weight[:m, :k].to(dy.dtype)
-    return _backend(dy).ragged_dgrad(dense_rows(dy), weight, triples(runs))
+        weight = cast_block(weight, *largest(runs), dy.dtype)
+    dy = dense_rows(dy)
+    return _backend("dgrad", (dy, weight), runs).ragged_dgrad(dy, weight, triples(runs))
 
 
 def _wgrad_into(dy: Tensor, x: Tensor, runs: list[int], out: Tensor, accumulate: bool) -> None:
     dy, x = dense_rows(dy), dense_rows(x)
-    if dy.dtype != out.dtype:  # autocast: half-precision activations, float32 gradients
+    module = _backend("wgrad", (dy, x, out), runs)
+    if sums_apart(dy, out, module is reference):
         product = torch.empty(out.shape, dtype=dy.dtype, device=dy.device)
-        _backend(dy).ragged_wgrad_into(dy, x, triples(runs), product, False)
+        _wgrad_into(dy, x, runs, product, False)
         out.add_(product) if accumulate else out.copy_(product)
         return
-    _backend(dy).ragged_wgrad_into(dy, x, triples(runs), out, accumulate)
+    module.ragged_wgrad_into(dy, x, triples(runs), out, accumulate)
 
 
 def _bias_grad_into(dy: Tensor, runs: list[int], out: Tensor, accumulate: bool) -> None:
     dy = dense_rows(dy)
+    module = implementation("linear", dy)
+    if not hasattr(module, "ragged_linear"):
+        module = _in_plain_torch(dy)
     if dy.dtype != out.dtype:
         total = torch.empty(out.shape, dtype=dy.dtype, device=dy.device)
-        _backend(dy).ragged_bias_grad_into(dy, triples(runs), total, False)
+        module.ragged_bias_grad_into(dy, triples(runs), total, False)
         out.add_(total) if accumulate else out.copy_(total)
         return
-    _backend(dy).ragged_bias_grad_into(dy, triples(runs), out, accumulate)
+    module.ragged_bias_grad_into(dy, triples(runs), out, accumulate)
 
 
 def _wgrad(dy: Tensor, x: Tensor, weight: Tensor, runs: list[int]) -> Tensor:

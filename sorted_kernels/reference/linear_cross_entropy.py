@@ -10,6 +10,7 @@ beforehand has all gradients for three products; otherwise the logits are comput
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -19,6 +20,9 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Largest chunk. On a GPU the weight's gradient must be read and written for every chunk, in a time
 that shall be short beside that of a chunk's products: a few thousand rows."""
 MIN_ROWS = 64
+CACHED_ELEMENTS = 1 << 19
+"""Of what a CPU computes in half precision and adds to, or turns into, float32: part of a core's
+second-level cache. Larger temporaries cost more than the products that they are of."""
 
 
 class CrossEntropyStage(Protocol):
@@ -70,10 +74,22 @@ def cross_entropy_(
         (r,) losses, float32 for half precision.
     """
     wide, words = wide_dtype(logits.dtype), logits.shape[1]
+    on_cpu, rows = logits.device.type == "cpu", max(1, CACHED_ELEMENTS // words)
+    if on_cpu and logits.dtype != wide and logits.shape[0] > rows:
+        parts = [
+            cross_entropy_(z, t, s, ignore_index, label_smoothing, gradient)
+            for z, t, s in zip(
+                logits.split(rows),
+                target.split(rows),
+                repeat(None) if scale is None else scale.split(rows),
+                strict=False,
+            )
+        ]
+        return torch.cat(parts)
     kept = target != ignore_index
     index = torch.where(kept, target, 0).long().unsqueeze(1)
     log_p = logits if logits.dtype == wide else logits.to(wide)
-    if logits.device.type == "cpu":  # each row is read before it is written: no second chunk
+    if on_cpu:  # each row is read before it is written: no second chunk
         torch.log_softmax(log_p, 1, out=log_p)
     else:
         log_p = torch.log_softmax(log_p, 1)
@@ -85,7 +101,7 @@ def cross_entropy_(
         if label_smoothing:
             share.sub_(label_smoothing / words)
         share.scatter_add_(1, index, share.new_full(index.shape, label_smoothing - 1))
-        if scale is not None or logits.device.type != "cpu":  # on the CPU no row is ignored
+        if scale is not None or not on_cpu:  # on the CPU no row is ignored
             share.mul_(torch.where(kept, 1 if scale is None else scale, 0).to(wide).unsqueeze(1))
         if share is not logits:
             logits.copy_(share)
@@ -135,11 +151,21 @@ class _Sum:
             total.addmm_(a, b) if self.started else torch.mm(a, b, out=total)
             self.started = True
         elif not a.is_cuda:
-            self.add(a @ b)
+            self._add_narrow_product(a, b)
         else:  # half-precision operands, a float32 result: cuBLAS
             beta = 1 if self.started else 0
             torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
             self.started = True
+
+    def _add_narrow_product(self, a: Tensor, b: Tensor) -> None:
+        """Add a half-precision product a few rows at a time: it need not leave the cache."""
+        rows = max(1, CACHED_ELEMENTS // b.shape[1])
+        product = a.new_empty(min(rows, a.shape[0]), b.shape[1])
+        for begin in range(0, a.shape[0], rows):
+            part, total = a[begin : begin + rows], self.total[begin : begin + rows]
+            torch.mm(part, b, out=product[: part.shape[0]])
+            (total.add_ if self.started else total.copy_)(product[: part.shape[0]])
+        self.started = True
 
     def finish(self) -> None:
         """Bring the sum to its place."""
@@ -222,7 +248,9 @@ def linear_cross_entropy(
     if gradients is not None and gradients.hidden is not None:
         gradients.hidden.zero_()  # of rows that are left out
     width = -(-words // row_multiple) * row_multiple
-    row_bytes = width * (hidden.dtype.itemsize + (wide.itemsize if hidden.dtype != wide else 0))
+    row_bytes = width * hidden.dtype.itemsize
+    if hidden.is_cuda and hidden.dtype != wide:  # elsewhere few rows at a time are widened
+        row_bytes += width * wide.itemsize
     rows = _Rows(target, ignore_index)
     size = rows_of_chunk(rows.count, row_bytes, hidden.device.type)
     buffer = hidden.new_empty(size, width)

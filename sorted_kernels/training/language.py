@@ -149,11 +149,19 @@ class SequenceClassification:
         self.loss = _squared_error if regression else F.cross_entropy
 
     @staticmethod
-    def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (B, labels) and labels (B,) of a batch with ``labels``."""
-        inputs = dict(batch)
-        labels = inputs.pop("labels")
-        return model(**inputs).logits, labels
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits (B, labels) and labels (B,) of a batch: a mapping with ``labels``, or a pair."""
+        if isinstance(batch, Mapping):
+            inputs = dict(batch)
+            labels = inputs.pop("labels")
+        else:
+            inputs, labels = batch
+        return SequenceClassification.logits(model, inputs), labels
+
+    @staticmethod
+    def logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B, labels); for ``sk.inference.evaluate``, as ``forward``."""
+        return model(**inputs).logits
 
 
 def _squared_error(logits: Tensor, labels: Tensor) -> Tensor:

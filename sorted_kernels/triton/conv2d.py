@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sorted_kernels.reference.conv2d import Geometry, activation_backward, is_channels_last
-from sorted_kernels.triton.channel_sum import channel_sum_into
 from sorted_kernels.triton.column_sum import column_sum_into
+from sorted_kernels.triton.conv_bias_grad import channel_sum_into
 from sorted_kernels.triton.conv_gemm import conv_gemm
 from sorted_kernels.triton.conv_wgrad import conv_wgrad_into
 from sorted_kernels.triton.depthwise import depthwise, depthwise_wgrad_into

@@ -68,3 +68,28 @@ def store_activated(
     _store_activated(left, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION)
     col += left.shape[1]
     _store_activated(right, bias_ptr, y_ptr, z_ptr, widths_ptr, row, col, n_rows, m, ACTIVATION)
+
+
+@triton.jit
+def _store_sums(z, out_ptr, stride, row, col, rows, cols, ACCUMULATE: tl.constexpr):
+    offsets, mask = output_tile(stride, row, col, rows, cols, z.shape[0], z.shape[1])
+    if ACCUMULATE:
+        z += tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, narrow(z, out_ptr), mask=mask)
+
+
+@triton.jit
+def store_sums(
+    z, out_ptr, stride, row, col, rows, cols, ACCUMULATE: tl.constexpr, HALVES: tl.constexpr
+):
+    """Write a tile z of a gradient (rows, cols) with a row stride, or add it to what is there.
+
+    With HALVES, half a tile at a time: of the large tiles of half-precision operands, a whole one
+    of a float32 gradient would not fit beside its sums.
+    """
+    if HALVES:
+        left, right = halves(z)
+        _store_sums(left, out_ptr, stride, row, col, rows, cols, ACCUMULATE)
+        _store_sums(right, out_ptr, stride, row, col + left.shape[1], rows, cols, ACCUMULATE)
+    else:
+        _store_sums(z, out_ptr, stride, row, col, rows, cols, ACCUMULATE)

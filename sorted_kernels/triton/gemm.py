@@ -227,6 +227,7 @@ def multiply_tile(
     PRECISION: tl.constexpr,
     a_limits_ptr=None,
     b_limits_ptr=None,
+    first=None,
 ):
     """Tile (BLOCK_M, BLOCK_N) of the product, in float32.
 
@@ -250,8 +251,10 @@ def multiply_tile(
         a_limits_ptr: (rows,) int32, the extent of r for each i, never rising; what A holds past it
             counts as zero. None if A is whole.
         b_limits_ptr: (cols,) int32, the same for each j and B.
+        first: Where the reduction begins, a multiple of BLOCK_K; None is 0.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    begin = 0 if first is None else first
     whole = reduction // BLOCK_K * BLOCK_K
     shared = reduction
     if a_limits_ptr is not None:
@@ -262,9 +265,12 @@ def multiply_tile(
         shared = tl.minimum(shared, tl.load(b_limits_ptr + last_col))
     # What the whole tile has takes no limits: for most tiles of a ragged batch that is all.
     shared = shared // BLOCK_K * BLOCK_K
+    if first is not None:
+        whole = tl.maximum(whole, first)
+        shared = tl.maximum(shared, first)
     acc = _accumulate_steps(
         acc, a_ptr, b_ptr, a_stride, b_stride, None, None, row, col, rows, cols,
-        0, shared, A_INNER, B_INNER, ALIGNED, BLOCK_K, PRECISION,
+        begin, shared, A_INNER, B_INNER, ALIGNED, BLOCK_K, PRECISION,
     )  # fmt: skip
     LIMITED: tl.constexpr = a_limits_ptr is not None or b_limits_ptr is not None
     SHORT: tl.constexpr = LIMITED and BLOCK_K == 16

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sorted_kernels.reference.linear import activate, activation_backward
 from sorted_kernels.triton.column_sum import column_sum_into
-from sorted_kernels.triton.decode import choose_splits, linear_split
+from sorted_kernels.triton.decode import choose_splits, split_product
 from sorted_kernels.triton.device import known_multiple, narrow
-from sorted_kernels.triton.epilogue import store_activated
+from sorted_kernels.triton.epilogue import store_activated, store_sums
 from sorted_kernels.triton.gemm import multiply_tile, output_tile, tile_origin
 from sorted_kernels.triton.gemm_config import GemmConfig
 from sorted_kernels.triton.gemm_launch import launch_gemm, like_strided
@@ -132,10 +132,8 @@ def _linear_wgrad_kernel(
         dy_ptr, x_ptr, dy_stride, x_stride, row, col, m, k, n_rows,
         False, False, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    offsets, mask = output_tile(out_stride, row, col, m, k, BLOCK_M, BLOCK_N)
-    if ACCUMULATE:
-        total += tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, narrow(total, out_ptr), mask=mask)
+    HALVES: tl.constexpr = dy_ptr.dtype.element_ty.primitive_bitwidth < 32
+    store_sums(total, out_ptr, out_stride, row, col, m, k, ACCUMULATE, HALVES)
 
 
 def linear(
@@ -172,7 +170,8 @@ def linear(
     )  # fmt: skip
     splits = 1 if config is not None else choose_splits(rows.shape[0], out_features, in_features, x)
     if splits > 1:
-        linear_split(rows, weight, bias, y, z, splits, activation)
+        flat = y.view(-1, out_features)
+        split_product(rows, weight, flat, splits, bias=bias, z=z, activation=activation)
     else:
         launch_gemm(
             _linear_kernel, args, (rows.shape[0], out_features), in_features, x, config,
@@ -187,6 +186,10 @@ def linear_dgrad(
     """``dy @ weight[:m, :k]``: dy (..., m), weight (M, K) -> (..., k)."""
     rows, out_features = as_rows(dy), dy.shape[-1]
     dx = dy.new_empty((*dy.shape[:-1], in_features))
+    splits = 1 if config is not None else choose_splits(len(rows), in_features, out_features, dy)
+    if splits > 1:
+        split_product(rows, weight, dx.view(-1, in_features), splits, transposed=False)
+        return dx
     args = (
         rows, weight, dx, rows.shape[0], out_features, in_features,
         rows.stride(0), weight.stride(0),

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sorted_kernels.triton.column_sum import column_sum_into
+from sorted_kernels.triton.decode import choose_splits, split_product
 from sorted_kernels.triton.device import known_multiple, narrow
-from sorted_kernels.triton.epilogue import store_activated
+from sorted_kernels.triton.epilogue import store_activated, store_sums
 from sorted_kernels.triton.gemm import multiply_tile, output_tile, tile_origin
 from sorted_kernels.triton.gemm_config import GemmConfig
 from sorted_kernels.triton.gemm_launch import launch_gemm, like_strided
@@ -141,10 +142,8 @@ def _ragged_linear_wgrad_kernel(
         False, False, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         a_limits_ptr=out_rows_ptr, b_limits_ptr=in_rows_ptr,
     )  # fmt: skip
-    offsets, mask = output_tile(out_stride, row, col, m, k, BLOCK_M, BLOCK_N)
-    if ACCUMULATE:
-        total += tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, narrow(total, out_ptr), mask=mask)
+    HALVES: tl.constexpr = dy_ptr.dtype.element_ty.primitive_bitwidth < 32
+    store_sums(total, out_ptr, out_stride, row, col, m, k, ACCUMULATE, HALVES)
 
 
 def _max_registers(x: Tensor, aligned: bool) -> int | None:
@@ -181,6 +180,14 @@ def ragged_linear(
     y = x.new_empty(output)
     keeps_input = save and activation in ("gelu", "silu")
     z = torch.empty_like(y) if keeps_input else None
+    splits = 1 if config is not None else choose_splits(*output, sizes.in_features, x)
+    if splits > 1:
+        split_product(
+            x, weight, y, splits, reduction=sizes.in_features, bias=bias, z=z,
+            activation=activation, limits=sizes.row_in, widths=sizes.row_out,
+            aligned=sizes.aligned,
+        )  # fmt: skip
+        return y, x.new_empty(0) if z is None else z
     args = (
         x, weight, bias, y, z, sizes.row_out, sizes.row_in, *output, sizes.in_features,
         x.stride(0), weight.stride(0),
@@ -201,6 +208,17 @@ def ragged_dgrad(
     """
     sizes = row_sizes(runs, dy.device)
     dx = dy.new_empty((sizes.n_rows, sizes.in_features))
+    splits = (
+        1
+        if config is not None
+        else choose_splits(sizes.n_rows, sizes.in_features, sizes.out_features, dy)
+    )
+    if splits > 1:
+        split_product(
+            dy, weight, dx, splits, reduction=sizes.out_features, transposed=False,
+            limits=sizes.row_out, widths=sizes.row_in, aligned=sizes.aligned,
+        )  # fmt: skip
+        return dx
     args = (
         dy, weight, dx, sizes.row_out, sizes.row_in,
         sizes.n_rows, sizes.out_features, sizes.in_features, dy.stride(0), weight.stride(0),

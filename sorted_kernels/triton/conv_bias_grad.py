@@ -1,4 +1,4 @@
-"""Sums over images and pixels of each channel, in an order that does not depend on timing."""
+"""A convolution's bias gradient: sums over images and pixels, in an order free of timing."""
 
 from __future__ import annotations
 
