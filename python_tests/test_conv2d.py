@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import sorted_kernels as sk
 from sorted_kernels.ops.conv2d_ops import _is_linear
 from sorted_kernels.ops.gradient import staircase_of
-from sorted_kernels.reference.conv2d import Geometry, is_mirrored
+from sorted_kernels.ops.library import load_compiled
+from sorted_kernels.reference.conv2d import Geometry
 from support.conv import FORMATS, KINDS, Conv, assert_zero_outside, pair
 from support.oracle import DTYPES, Outcome, assert_within_twice, outcome
 from support.poison import assert_same_bits, in_larger_buffer
@@ -348,16 +349,16 @@ def test_a_hook_selects_the_dense_path_and_sees_the_gradient(kind):
 
 
 def test_the_route_follows_what_runs(monkeypatch):
-    layer = sk.nn.Conv2d(6, 8, 3, in_dim="i", out_dim="o")
+    layer = sk.nn.Conv2d(20, 18, 3, in_dim="i", out_dim="o")
     names = []
 
     def note(**options):
-        names.append(type(layer(torch.randn(2, 6, 5, 5), **options).grad_fn).__name__)
+        names.append(type(layer(torch.randn(2, 20, 5, 5), **options).grad_fn).__name__)
 
     note()
     with torch.autocast("cpu", torch.bfloat16):
         note()
-    names.append(type(layer(torch.randn(6, 5, 5)).grad_fn).__name__)
+    names.append(type(layer(torch.randn(20, 5, 5)).grad_fn).__name__)
     hook = layer.bias.register_hook(lambda gradient: None)
     note()
     hook.remove()
@@ -369,34 +370,19 @@ def test_the_route_follows_what_runs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "lean"),
-    [("dense", True), ("pointwise", True), ("strided", False), ("depthwise", False)],
+    ("name", "ours"),
+    [("dense", load_compiled()), ("pointwise", True), ("odd", False), ("depthwise", False)],
 )
-def test_where_pytorch_is_slower_a_node_of_ours_runs(name, lean):
-    """Products, and dgrads with a mirrored kernel: contiguous activations that want gradients."""
+def test_where_pytorch_is_slower_a_node_of_ours_runs(name, ours):
+    """Products, and few channels: of contiguous activations."""
     conv = KINDS[name]
     layer = layer_with(conv, conv.blocks(torch.float32))
     found = []
     for form in FORMATS:
         x = conv.input(torch.float32, form)
         found += [type(layer(x.requires_grad_(wants)).grad_fn).__name__ for wants in (True, False)]
-    ours, theirs = "_Conv2dOnBlocksBackward", "ConvolutionBackward0"
-    alone = ours if name == "pointwise" else theirs
-    assert found == ([ours, alone] if lean else [theirs, theirs]) + [theirs] * (len(found) - 2)
-
-
-@pytest.mark.parametrize(
-    ("channels", "kernel", "padding", "mirrored"),
-    [(15, 3, 2, True), (15, 3, 0, True), (16, 3, 1, False), (4, 3, 3, False), (4, 1, 1, False)],
-)
-def test_dgrad_with_a_mirrored_kernel(channels, kernel, padding, mirrored):
-    """Below 16 channels of y, where the kernel reaches as far as the padding."""
-    conv = Conv(full=(24, 9), active=(channels, 5), kernel=kernel, padding=padding)
-    x, blocks = conv.input(torch.float32), conv.blocks(torch.float32)
-    pairs = (pair(value) for value in (1, padding, 1))
-    assert is_mirrored(x, blocks["weight"], Geometry(*pairs, 1)) is mirrored
-    dy = conv.upstream(x)
-    assert_conv(conv, run_layer(layer_with(conv, blocks), x, dy), x, blocks, dy)
+    theirs = ["ConvolutionBackward0"] * 2
+    assert found == (["_Conv2dOnBlocksBackward"] * 2 if ours else theirs) + theirs
 
 
 @in_place_routes

@@ -104,25 +104,24 @@ class _Conv2dOnBlocks(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Blocks, geometry: Geometry, anchor: Tensor) -> Tensor:
-        w = blocks.weight
-        if not reference.is_product(x, w, geometry):
-            w = reference.kept_weight(x, w)
         needs_x, needs_w = blocks.weight_slot is not None, x.requires_grad
-        ctx.save_for_backward(x if needs_x else None, w if needs_w else None)
+        ctx.save_for_backward(x if needs_x else None, blocks.weight if needs_w else None)
         ctx.blocks, ctx.geometry, ctx.input_size = blocks, geometry, x.shape[2:]
-        return reference.conv2d(x, w, blocks.bias, geometry, "none", False)[0]
+        return _on_blocks(x, blocks, geometry)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
         x, w = ctx.saved_tensors
-        blocks, geometry = ctx.blocks, ctx.geometry
-        dx = None if w is None else reference.conv2d_dgrad(dy, w, ctx.input_size, geometry)
+        blocks, g = ctx.blocks, ctx.geometry
+        dx = None
+        if w is not None:
+            dx = ops.module_of(w, g, dy).conv2d_dgrad(dy, w, ctx.input_size, g)
         if parameters_wanted():
             if blocks.weight_slot is not None:
                 out, accumulate = ops.gradient_view(blocks.weight_slot, blocks.sizes)
-                reference.conv2d_wgrad_into(dy, x, out, geometry, accumulate)
+                ops.module_of(out, g, dy, x).conv2d_wgrad_into(dy, x, out, g, accumulate)
             if blocks.bias_slot is not None:
                 reference.bias_grad_into(dy, *blocks.bias_slot.prefix(blocks.sizes[0]))
         return dx, None, None, None
@@ -137,20 +136,25 @@ def conv2d_on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry, activation: 
     Raises:
         RuntimeError: PyTorch's own error; :func:`run_conv2d` says what was wrong.
     """
-    if not blocks.train or not torch.is_grad_enabled():
-        z = reference.conv2d(x, blocks.weight, blocks.bias, geometry, "none", False)[0]
-    elif reference.is_product(x, blocks.weight, geometry) or (
-        x.requires_grad and reference.is_mirrored(x, blocks.weight, geometry)
-    ):
+    w = blocks.weight
+    if not torch.is_grad_enabled() or not (blocks.train or x.requires_grad):
+        z = _on_blocks(x, blocks, geometry)
+    elif ops.module_of(w, geometry, x) is not reference or reference.is_product(x, w, geometry):
         z = _apply_on_blocks(x, blocks, geometry, ANCHOR)
     else:
-        w, bias = blocks.leaves
-        kept = reference.kept_weight(x, blocks.weight)
-        if kept is not blocks.weight:
-            w = leaf_of(kept, blocks.weight_slot)
+        leaf, bias = blocks.leaves
+        kept = reference.kept_weight(x, w)
+        if kept is not w:
+            leaf = leaf_of(kept, blocks.weight_slot)
         g = geometry
-        z = torch.conv2d(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
+        z = torch.conv2d(x, leaf, bias, g.stride, g.padding, g.dilation, g.groups)
     return z if activation == "none" else activate(z, activation)
+
+
+def _on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry) -> Tensor:
+    module = ops.module_of(blocks.weight, geometry, x)
+    z: Tensor = module.conv2d(x, blocks.weight, blocks.bias, geometry, "none", False)[0]
+    return z
 
 
 def _save(

@@ -27,7 +27,6 @@ __all__ = [
     "conv2d_dgrad",
     "conv2d_wgrad_into",
     "is_channels_last",
-    "is_mirrored",
     "is_product",
     "kept_weight",
 ]
@@ -91,9 +90,6 @@ def conv2d_dgrad(dy: Tensor, w: Tensor, input_size: tuple[int, int], geometry: G
     """
     if is_product(dy, w, geometry):
         return _product(dy, w[:, :, 0, 0].t(), None)
-    if is_mirrored(dy, w, geometry):
-        mirror, padding = w.transpose(0, 1).flip(2, 3), _mirrored_padding(w, geometry)
-        return torch.conv2d(dy, mirror, None, 1, padding, geometry.dilation)
     shape = (dy.shape[0], w.shape[1] * geometry.groups, *input_size)
     if is_channels_last(dy):  # of x only the shape and the memory format are read
         x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
@@ -189,31 +185,6 @@ def is_product(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
     )
-
-
-def is_mirrored(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
-    """Whether dgrad is computed as a convolution of dy with the mirrored kernel; x may be dy.
-
-    It is the same sums. Of fewer than 16 channels oneDNN's forward reads contiguous activations as
-    they lie, while its dgrad copies them into blocks of 16 channels first, and its result back: it
-    takes 1.3 to 3 times as long. ``bench_resnet_step`` has the step of a network of such layers.
-    """
-    g = geometry
-    return (
-        w.shape[0] < 16
-        and g.stride == (1, 1)
-        and g.groups == 1
-        and x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and x.is_contiguous()
-        and min(_mirrored_padding(w, g)) >= 0
-    )
-
-
-def _mirrored_padding(w: Tensor, geometry: Geometry) -> tuple[int, int]:
-    g = geometry
-    height, width = w.shape[2:]
-    return g.dilation[0] * (height - 1) - g.padding[0], g.dilation[1] * (width - 1) - g.padding[1]
 
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
