@@ -63,7 +63,7 @@ def check(case):
     dy, options = case.upstream(x), (*map(pair, case.options.values()),)
     parents = {name: p[case.part(name)] for name, p in case.parents(blocks).items()}
     (w, bias), g = (parents["weight"], parents["bias"]), geometry(case)
-    assert narrow_conv2d.is_narrow(w, g)
+    assert narrow_conv2d.is_narrow(x, w, g)
     assert_same_bits(w.contiguous(), blocks["weight"])
 
     def exact(function, *arguments):
@@ -112,7 +112,8 @@ def test_any_sizes(active, **sizes):
     reach = [d * (k - 1) + 1 for d, k in zip(case.dilation, case.kernel, strict=True)]
     larger = [max(s, r) for s, r in zip(case.size, reach, strict=True)]
     case = replace(case, size=tuple(larger))
-    if narrow_conv2d.is_narrow(case.blocks(torch.float32)["weight"], geometry(case)):
+    w = torch.empty(case.block_shape)
+    if narrow_conv2d.is_narrow(case.input(torch.float32), w, geometry(case)):
         check(case)
 
 
@@ -152,9 +153,11 @@ def test_sums_do_not_depend_on_the_threads():
 @pytest.mark.parametrize(
     ("active", "options", "narrow"),
     [
-        ((16, 16), {}, True),
-        ((17, 16), {}, True),
-        ((17, 17), {}, False),
+        ((15, 15), {}, True),
+        ((15, 17), {}, True),
+        ((16, 16), {}, False),
+        ((16, 16), {"size": (9, 8)}, True),
+        ((17, 17), {"size": (9, 8)}, False),
         ((64, 1), {}, True),
         ((65, 1), {}, False),
         ((4, 4), {"kernel": 1}, False),  # a product
@@ -163,7 +166,7 @@ def test_sums_do_not_depend_on_the_threads():
     ],
 )
 def test_where_it_is_taken(active, options, narrow):
-    case = Conv(full=(99, 99), active=active, size=(9, 9), **options)
+    case = Conv(**{"full": (99, 99), "active": active, "size": (9, 9), **options})
     w, g = torch.randn(case.full_shape)[case.where], geometry(case)
     x = case.input(torch.float32)
     taken = narrow_conv2d if narrow else reference

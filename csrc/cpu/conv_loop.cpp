@@ -9,17 +9,20 @@ namespace sorted_kernels {
 namespace SK_ISA {
 namespace {
 
+constexpr int kTileChannels = 4;
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
 constexpr int kTileRows = 4;
+constexpr int kWideTileChannels = 8;  // there are twice as many registers
 #elif defined(__AVX2__)
 constexpr int64_t kLanes = 8;
 constexpr int kTileRows = 2;
+constexpr int kWideTileChannels = kTileChannels;
 #else
 constexpr int64_t kLanes = 4;
 constexpr int kTileRows = 2;
+constexpr int kWideTileChannels = kTileChannels;
 #endif
-constexpr int kTileChannels = 4;
 constexpr int kTileTaps = 3;
 constexpr int64_t kTileFloats = 4096;  // of activations; two thirds of a first-level cache are left
 
@@ -303,22 +306,23 @@ void wgrad_channels(const Group& group, const Taps& taps, const float* frames, c
 void wgrad_group(const Group& group, const Taps& taps, const float* frames, const float* dy,
                  Vector* sums) {
   const Conv& conv = group.frame.conv;
-  for (int64_t c = 0; c < conv.out_channels; c += kTileChannels) {
-    switch (minimum(kTileChannels, conv.out_channels - c)) {
-      case 1:
-        wgrad_channels<1>(group, taps, frames, dy, sums);
-        break;
-      case 2:
-        wgrad_channels<2>(group, taps, frames, dy, sums);
-        break;
-      case 3:
-        wgrad_channels<3>(group, taps, frames, dy, sums);
-        break;
-      default:
-        wgrad_channels<kTileChannels>(group, taps, frames, dy, sums);
+  for (int64_t c = 0, count; c < conv.out_channels; c += count) {
+    count = conv.out_channels - c;
+    if (count >= kWideTileChannels) {
+      count = kWideTileChannels;
+      wgrad_channels<kWideTileChannels>(group, taps, frames, dy, sums);
+    } else if (count >= kTileChannels) {
+      count = kTileChannels;
+      wgrad_channels<kTileChannels>(group, taps, frames, dy, sums);
+    } else if (count == 3) {
+      wgrad_channels<3>(group, taps, frames, dy, sums);
+    } else if (count == 2) {
+      wgrad_channels<2>(group, taps, frames, dy, sums);
+    } else {
+      wgrad_channels<1>(group, taps, frames, dy, sums);
     }
-    dy += kTileChannels * group.rows.channel_size;
-    sums += kTileChannels * conv.in_channels * taps.count;
+    dy += count * group.rows.channel_size;
+    sums += count * conv.in_channels * taps.count;
   }
 }
 

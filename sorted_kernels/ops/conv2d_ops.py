@@ -106,7 +106,7 @@ def module_of(w: Tensor, geometry: Geometry, *activations: Tensor) -> ModuleType
     """What runs a product: of a weight's block, or the view that takes its gradient, with these."""
     if (
         in_compiled_torch(activations[0])
-        and narrow_conv2d.is_narrow(w, geometry)
+        and narrow_conv2d.is_narrow(activations[0], w, geometry)
         and all(x.is_contiguous() for x in activations)
     ):
         return narrow_conv2d

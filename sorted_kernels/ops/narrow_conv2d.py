@@ -34,19 +34,20 @@ for _name in ("narrow_conv2d_", "narrow_conv2d_wgrad_"):
 load_compiled()
 
 _BLOCK = 16  # channels that oneDNN computes at once
+_SHORT = 8  # pixels of a row, from which on oneDNN is as fast for a whole block
 _MOST_CHANNELS = 64  # sums of a gradient take a vector a weight, which should stay in a cache
 _MOST_TAPS = 64  # csrc/cpu/conv_cpu.h
 
 
-def is_narrow(w: Tensor, geometry: Geometry) -> bool:
-    """Whether this is faster than PyTorch for a weight's block, or the view of its gradient.
+def is_narrow(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
+    """Whether this is faster than PyTorch, for activations (x or dy) and a weight's block.
 
     Of 4 channels a step takes a fourth of PyTorch's time, of 16 about as much, of more it takes
     longer (``bench_resnet_step`` has networks of such layers). 1x1 kernels are products.
     """
     m, k, height, width = w.shape
     return (
-        min(m, k) <= _BLOCK
+        min(m, k) < _BLOCK + (x.shape[3] <= _SHORT)
         and max(m, k) <= _MOST_CHANNELS
         and height * width <= _MOST_TAPS
         and geometry.groups == 1
