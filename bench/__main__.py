@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     """Run what was asked for; 0 if every case ran and its contestants agreed."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    machine.keep_freed_memory()
     device = torch.device(options.device)
     path = options.out / "benchmarks.csv"
     start = time.perf_counter()

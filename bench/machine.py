@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import functools
 import os
@@ -30,6 +31,20 @@ def device_name(device_type: str) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for all contestants alike.
+
+    It hands the end of the heap back to the system whenever that is free. Whether a step ends so is
+    chance: it depends on where some small tensor lies. A training step of a small convolutional
+    network then has none or 7000 page faults, a tenth of its time, be it torch's or ours.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        adjust(trim_threshold, 1 << 30)
+        adjust(mmap_threshold, 32 << 20)  # the most it allows
 
 
 def output_of(*command: str) -> str | None:

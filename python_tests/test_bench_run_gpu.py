@@ -211,11 +211,11 @@ def test_a_stage_over_its_time_is_ended_and_the_next_begins(checkout):
 
 
 def test_stages_for_which_no_time_is_left_are_left_out(checkout):
-    checkout.limits(TOTAL=2, REPORT=0)
+    checkout.limits(TOTAL=5, REPORT=0)
     code, said = checkout.run(HANGS="build_ext")
     assert code == 1 and "6 failed" in said
     stages = checkout.stages()
-    assert stages.pop("build") in ("failed: over its 1s", "failed: over its 2s")
+    assert re.fullmatch("failed: over its [1-5]s", stages.pop("build"))
     assert stages.pop("pictures") == "left out: no measurement"
     assert set(stages.values()) == {"left out: no time left"} and len(stages) == 5
 

@@ -1,6 +1,7 @@
 """Layers of norms over channels: torch's modules at full size, their prefixes on every route."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -143,15 +144,45 @@ def test_gradients_accumulate_over_sizes(norm, monkeypatch):
 
 
 @norms
-def test_double_backward_in_place_is_an_error(norm):
+@in_place_routes
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_a_graph_of_gradients_in_place_is_an_error(norm, route, monkeypatch):
     x, p = torch.randn(3, 6, 4, 5, requires_grad=True), values(norm, 6, torch.float32)
-    layer = layer_with(norm, 9, p, x)
+    layer = layer_with(norm, 9, p, x, **take(monkeypatch, route))
     with pytest.raises(sk.GradientError, match="grad_mode='dense'"):
-        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-    dense = layer_with(norm, 9, p, x, grad_mode="dense")
-    (dx,) = torch.autograd.grad(dense(x).pow(3).sum(), x, create_graph=True)
-    dx.pow(2).sum().backward()
-    assert dense.weight.grad[:6].isfinite().all() and not dense.weight.grad[6:].any()
+        layer(x).sum().backward(create_graph=True)
+
+
+@norms
+def test_double_backward(norm):
+    """Batch norm on blocks runs in PyTorch's own nodes; others refuse, but on the dense path."""
+    x, p = torch.randn(3, 6, 4, 5, requires_grad=True), values(norm, 6, torch.float32)
+    found = {}
+    for mode in ("dense", "inplace"):
+        layer = layer_with(norm, 9, p, x, grad_mode=mode)
+        if mode == "inplace" and not norm.name.startswith("batch"):
+            with pytest.raises(sk.GradientError, match="grad_mode='dense'"):
+                torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+            continue
+        (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        (twice,) = torch.autograd.grad(dx.pow(2).sum(), x, retain_graph=True)
+        assert layer.weight.grad is None
+        dx.pow(2).sum().backward()
+        found[mode] = dx.detach(), twice, layer.weight.grad
+        assert layer.weight.grad[:6].isfinite().all() and not layer.weight.grad[6:].any()
+    if "inplace" in found:
+        torch.testing.assert_close(found["inplace"], found["dense"], rtol=1e-4, atol=1e-3)
+
+
+def test_a_layer_that_is_gone_before_its_backward():
+    """The graph keeps what a gradient lands on."""
+    layer, x = sk.nn.BatchNorm2d(9, dim="i"), torch.randn(3, 6, 4, 5, requires_grad=True)
+    sk.activate(layer, sk.Submodel(i=6))
+    y = layer(x)
+    del layer
+    gc.collect()
+    y.square().sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def replace_buffer(layer, fresh):

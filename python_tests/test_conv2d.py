@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import sorted_kernels as sk
 from sorted_kernels.ops.conv2d_ops import _is_linear
 from sorted_kernels.ops.gradient import staircase_of
+from sorted_kernels.ops.library import load_compiled
 from sorted_kernels.reference.conv2d import Geometry
 from support.conv import FORMATS, KINDS, Conv, assert_zero_outside, pair
 from support.oracle import DTYPES, Outcome, assert_within_twice, outcome
@@ -348,24 +349,40 @@ def test_a_hook_selects_the_dense_path_and_sees_the_gradient(kind):
 
 
 def test_the_route_follows_what_runs(monkeypatch):
-    layer = sk.nn.Conv2d(6, 8, 3, in_dim="i", out_dim="o")
+    layer = sk.nn.Conv2d(20, 18, 3, in_dim="i", out_dim="o")
     names = []
 
     def note(**options):
-        names.append(type(layer(torch.randn(2, 6, 5, 5), **options).grad_fn).__name__)
+        names.append(type(layer(torch.randn(2, 20, 5, 5), **options).grad_fn).__name__)
 
     note()
     with torch.autocast("cpu", torch.bfloat16):
         note()
-    names.append(type(layer(torch.randn(6, 5, 5)).grad_fn).__name__)
+    names.append(type(layer(torch.randn(20, 5, 5)).grad_fn).__name__)
     hook = layer.bias.register_hook(lambda gradient: None)
     note()
     hook.remove()
     note()
     take(monkeypatch, "node")
     note()
-    lean, node = "_Conv2dOnBlocksBackward", "_Conv2dBackward"
+    lean, node = "ConvolutionBackward0", "_Conv2dBackward"
     assert names == [lean, node, "SqueezeBackward1", node, lean, node]
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("dense", load_compiled()), ("pointwise", True), ("odd", False), ("depthwise", False)],
+)
+def test_where_pytorch_is_slower_a_node_of_ours_runs(name, ours):
+    """Products, and few channels: of contiguous activations."""
+    conv = KINDS[name]
+    layer = layer_with(conv, conv.blocks(torch.float32))
+    found = []
+    for form in FORMATS:
+        x = conv.input(torch.float32, form)
+        found += [type(layer(x.requires_grad_(wants)).grad_fn).__name__ for wants in (True, False)]
+    theirs = ["ConvolutionBackward0"] * 2
+    assert found == (["_Conv2dOnBlocksBackward"] * 2 if ours else theirs) + theirs
 
 
 @in_place_routes

@@ -91,8 +91,10 @@ def test_export_computes_the_same(model, submodel):
         assert param.is_contiguous() and param.is_leaf
         assert param.untyped_storage().nbytes() == param.numel() * param.element_size()
     with sk.active(model, submodel):
-        assert_same_bits(plain(x), model(x))
         y = model(x)
+        # Pointwise layers are one product here, and a convolution of oneDNN's there: how sums are
+        # split depends on the threads.
+        torch.testing.assert_close(y, plain(x), rtol=1e-6, atol=1e-6)
         dy = torch.randn_like(y)
         y.backward(dy)
     plain(x).backward(dy)

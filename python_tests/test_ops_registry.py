@@ -247,6 +247,17 @@ def ragged_product_():
     yield 2, dy, x, None, runs, torch.zeros(5, 4), True
 
 
+def narrow_conv2d_():
+    x, w, geometry = torch.randn(2, 3, 5, 6), torch.randn(4, 3, 3, 3), [1, 1, 1, 1, 1, 1, 1, 1]
+    yield x, w, torch.randn(4), geometry, torch.empty(2, 4, 5, 6), False
+    yield torch.randn(2, 4, 5, 6), w, None, geometry, torch.empty(2, 3, 5, 6), True
+
+
+def narrow_conv2d_wgrad_():
+    dy, x, geometry = torch.randn(2, 4, 5, 6), torch.randn(2, 3, 5, 6), [1, 1, 1, 1, 1, 1, 1, 1]
+    yield dy, x, geometry, torch.zeros(4, 3, 3, 3), True
+
+
 def attention():
     q, k, v = leaf(2, 4, 3, 5), leaf(2, 2, 6, 5), leaf(2, 2, 6, 5)
     counts = torch.tensor([4, 2])
@@ -289,12 +300,15 @@ SAMPLES = {
         ragged_embedding_backward, ragged_linear_accumulate, ragged_embedding_accumulate,
         batch_norm, batch_norm_backward, group_norm, group_norm_backward,
         conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_accumulate,
-        ragged_product_,
+        narrow_conv2d_, narrow_conv2d_wgrad_, ragged_product_,
         attention, attention_backward,
         linear_cross_entropy, linear_cross_entropy_backward,
     )
 }  # fmt: skip
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed
+
+
+COMPILED = {"narrow_conv2d_", "narrow_conv2d_wgrad_", "ragged_product_"}  # have no fallback
 
 
 def op_names():
@@ -308,7 +322,7 @@ def test_opcheck(name):
     op = getattr(torch.ops.sorted_kernels, name)
     if name == "native_gemm":  # has no public twin: sorted_kernels.cuda plans its calls
         return
-    if name == "ragged_product_" and not load_compiled():
+    if name in COMPILED and not load_compiled():
         pytest.skip("the compiled library is absent")
     if name.startswith("native_"):  # the compiled CUDA twin: its public op decides to call it
         public = getattr(torch.ops.sorted_kernels, name.removeprefix("native_"))

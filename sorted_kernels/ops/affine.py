@@ -1,4 +1,4 @@
-"""What the autograd nodes of norms over channels share: where affine gradients go."""
+"""What the autograd nodes of norms with scale and shift share: where affine gradients go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import DTypeError, GradientError, ShapeError
@@ -54,45 +53,59 @@ def check_channel_parameters(x: Tensor, **params: Tensor | None) -> None:
 
 
 def backward_tensors(
-    name: str, args: tuple[Any, ...], weight_like: Tensor | None, needs: tuple[bool, bool, bool]
+    name: str,
+    args: tuple[Any, ...],
+    size: int,
+    weight_like: Tensor | None,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The body of a ``<name>_backward`` op: gradients of the prefix, empty where not needed.
 
     Args:
         name: The op family.
         args: dy, x and whatever else ``<name>_backward_into`` takes before its outputs.
+        size: The active elements of the parameters.
         weight_like: Has the parameters' dtype; None: x's.
         needs: Which of the gradients of x, weight and bias are wanted.
     """
     x: Tensor = args[1]
     kind = x.dtype if weight_like is None else weight_like.dtype
-    dw, db = (x.new_empty(x.shape[1] if need else 0, dtype=kind) for need in needs[1:])
+    dw, db = (x.new_empty(size if need else 0, dtype=kind) for need in needs[1:])
     into = getattr(implementation(name, x), f"{name}_backward_into")
     dx = into(*args, dw if needs[1] else None, db if needs[2] else None, False, False, needs[0])
     return x.new_empty(0) if dx is None else dx, dw, db
 
 
 def fake_gradients(
-    x: Tensor, weight: Tensor | None, need_dx: bool, need_weight: bool, need_bias: bool
+    dx: Tensor, size: int, weight: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`backward_tensors` returns, without contents."""
-    kind = x.dtype if weight is None else weight.dtype
-    dw, db = (
-        x.new_empty(x.shape[1] if need else 0, dtype=kind) for need in (need_weight, need_bias)
-    )
-    if not need_dx:
-        return x.new_empty(0), dw, db
-    return torch.empty_like(x, memory_format=suggest_memory_format(x)), dw, db
+    """What :func:`backward_tensors` returns, without contents; ``dx`` if it is needed."""
+    kind = dx.dtype if weight is None else weight.dtype
+    dw, db = (dx.new_empty(size if need else 0, dtype=kind) for need in needs[1:])
+    return dx if needs[0] else dx.new_empty(0), dw, db
+
+
+def expect(slots: Slots, size: int) -> None:
+    """Announce the dense gradients of the first ``size`` elements."""
+    for slot in slots:
+        if slot is not None:
+            slot.expect(size)
 
 
 def land(
-    name: str, args: tuple[Any, ...], slots: Slots, need_dx: bool, op: Callable[..., Any]
+    name: str,
+    args: tuple[Any, ...],
+    size: int,
+    slots: Slots,
+    need_dx: bool,
+    op: Callable[..., Any],
 ) -> Tensor | None:
     """Input gradient returned; the affine gradients written straight into their prefixes.
 
     Args:
         name: The op family.
         args: As for :func:`backward_tensors`.
+        size: As there.
         slots: Where the gradients of weight and bias land.
         need_dx: Whether x's is wanted.
         op: The ``<name>_backward`` op, which compiled graphs call.
@@ -109,9 +122,8 @@ def land(
             if slot is not None:
                 torch.ops.sorted_kernels.accumulate_prefix(gradient, slot.token, slot.handle)
         return dx if need_dx else None
-    c = args[1].shape[1]
-    weight_out, add_weight = (None, False) if weight_slot is None else weight_slot.prefix(c)
-    bias_out, add_bias = (None, False) if bias_slot is None else bias_slot.prefix(c)
+    weight_out, add_weight = (None, False) if weight_slot is None else weight_slot.prefix(size)
+    bias_out, add_bias = (None, False) if bias_slot is None else bias_slot.prefix(size)
     into = getattr(implementation(name, args[1]), f"{name}_backward_into")
     return into(*args, weight_out, bias_out, add_weight, add_bias, need_dx)
 
@@ -121,7 +133,7 @@ def full_size(
     needs: tuple[bool, bool, bool],
     shapes: tuple[torch.Size | None, torch.Size | None],
 ) -> Gradients:
-    """Gradients of x and of the whole parameters, zero past the channels."""
+    """Gradients of x and of the whole parameters, zero past the active elements."""
     dx, dw, db = gradients
     return (
         dx if needs[0] else None,

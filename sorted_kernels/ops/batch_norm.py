@@ -10,25 +10,24 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from sorted_kernels.errors import GradientError, OptionError, ShapeError
+from sorted_kernels.errors import OptionError, ShapeError
 from sorted_kernels.ops.affine import (
     Gradients,
     backward_tensors,
     check_channel_parameters,
     check_channels,
     differentiable,
+    expect,
     fake_gradients,
     full_size,
     land,
 )
 from sorted_kernels.ops.backend import implementation
-from sorted_kernels.ops.blocks import Blocks, lean_apply
+from sorted_kernels.ops.blocks import Blocks
 from sorted_kernels.ops.gradient import (
     ANCHOR,
-    IN_PLACE_TWICE,
     GradientSlot,
     detached,
-    parameters_wanted,
 )
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference.affine import in_one_piece, prefix_of
@@ -79,7 +78,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight (c,) and bias (c,); empty where not needed."""
     args, needs = (dy, x, mean, rstd, weight, training), (need_dx, need_weight, need_bias)
-    return backward_tensors("batch_norm", args, weight, needs)
+    return backward_tensors("batch_norm", args, x.shape[1], weight, needs)
 
 
 for _device in ("CPU", "CUDA"):
@@ -118,7 +117,8 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(x, weight, need_dx, need_weight, need_bias)
+    dx = torch.empty_like(x, memory_format=suggest_memory_format(x))
+    return fake_gradients(dx, x.shape[1], weight, (need_dx, need_weight, need_bias))
 
 
 class _BatchNorm(Function):
@@ -154,64 +154,16 @@ class _BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.dense:
-            for slot in ctx.slots:
-                if slot is not None:
-                    slot.expect(dy.shape[1])
+            expect(ctx.slots, dy.shape[1])
             return (*_dense_backward(ctx, dy), *[None] * 9)
         x, weight, _, mean, rstd = ctx.saved_tensors
         args, op = (dy, x, mean, rstd, weight, ctx.training), _backward_op()
-        return land("batch_norm", args, ctx.slots, ctx.needs_input_grad[0], op), *[None] * 11
+        dx = land("batch_norm", args, x.shape[1], ctx.slots, ctx.needs_input_grad[0], op)
+        return dx, *[None] * 11
 
 
 def _backward_op() -> Any:
     return torch.ops.sorted_kernels.batch_norm_backward
-
-
-class _BatchNormOnBlocks(Function):
-    """In-place gradients in plain PyTorch: as little Python as can be."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        blocks: Blocks,
-        means: Tensor | None,
-        variances: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        anchor: Tensor,
-    ) -> Tensor:
-        weight = blocks.weight
-        y, mean, rstd = torch.native_batch_norm(
-            x, weight, blocks.bias, means, variances, training, momentum, eps
-        )
-        if training:
-            means = variances = None  # moved just now: the backward has no use for them
-        ctx.save_for_backward(x, weight, means, variances, mean, rstd)
-        ctx.blocks, ctx.training, ctx.eps = blocks, training, eps
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise GradientError(IN_PLACE_TWICE)
-        blocks, need_dx, wanted = ctx.blocks, ctx.needs_input_grad[0], parameters_wanted()
-        weight_slot = blocks.weight_slot if wanted else None
-        bias_slot = blocks.bias_slot if wanted else None
-        wants = [need_dx, weight_slot is not None, bias_slot is not None]
-        dx, dw, db = _native_backward(
-            in_one_piece(dy), *ctx.saved_tensors, ctx.training, ctx.eps, wants
-        )
-        if weight_slot is not None:
-            weight_slot.add(dw)
-        if bias_slot is not None:
-            bias_slot.add(db)
-        return dx if need_dx else None, *[None] * 7
-
-
-_native_backward = torch.ops.aten.native_batch_norm_backward.default
-_apply_on_blocks = lean_apply(_BatchNormOnBlocks)
 
 
 def batch_norm_on_blocks(
@@ -230,12 +182,12 @@ def batch_norm_on_blocks(
     """
     c, x = x.shape[1], in_one_piece(x)
     if blocks.train and torch.is_grad_enabled():
+        weight, bias = blocks.leaves
         means, variances = blocks.views((running_mean, running_var), c)
-        return _apply_on_blocks(x, blocks, means, variances, training, momentum, eps, ANCHOR)
-    means, variances = prefix_of(running_mean, c), prefix_of(running_var, c)
-    return torch.batch_norm(
-        x, blocks.weight, blocks.bias, means, variances, training, momentum, eps, True
-    )
+    else:
+        weight, bias = blocks.weight, blocks.bias
+        means, variances = prefix_of(running_mean, c), prefix_of(running_var, c)
+    return torch.batch_norm(x, weight, bias, means, variances, training, momentum, eps, True)
 
 
 def _save(

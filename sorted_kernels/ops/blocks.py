@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from sorted_kernels.errors import GradientError
 from sorted_kernels.ops import backend
 from sorted_kernels.ops.checks import active_block, is_readable
-from sorted_kernels.ops.gradient import GradientSlot, in_place_allowed, slot_of
+from sorted_kernels.ops.gradient import IN_PLACE_TWICE, GradientSlot, in_place_allowed, slot_of
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -44,10 +45,11 @@ class Blocks:
         train: Whether one of the parameters trains.
         weight_slot: Where the weight's gradient lands; None where it is frozen.
         bias_slot: The same of the bias.
+        leaves: ``weight`` and ``bias`` for PyTorch's own autograd (:func:`leaf_of`).
     """
 
     __slots__ = (
-        "sizes", "weight", "bias", "train", "weight_slot", "bias_slot",
+        "sizes", "weight", "bias", "train", "weight_slot", "bias_slot", "leaves",
         "_generation", "_weight", "_bias", "_params", "_viewed",
     )  # fmt: skip
     weight: Any
@@ -63,6 +65,7 @@ class Blocks:
         ]
         self.train = self.weight_slot is not None or self.bias_slot is not None
         self.weight, self.bias = _block(weight, sizes), _block(bias, sizes[:1])
+        self.leaves = leaf_of(self.weight, self.weight_slot), leaf_of(self.bias, self.bias_slot)
         self._viewed: dict[int, tuple[Tensor, int, Tensor]] = {}  # place -> buffer, address, view
 
     def views(self, buffers: tuple[Tensor | None, ...], size: int) -> list[Tensor | None]:
@@ -100,6 +103,31 @@ class Blocks:
                 if param._backward_hooks or (hooks and len(hooks) > slot.hooked):
                     return False
         return True
+
+
+def leaf_of(block: Any, slot: GradientSlot | None) -> Any:
+    """A block as a leaf of PyTorch's autograd, whose gradient is moved on to where it lands.
+
+    For operations of which PyTorch does forward and backward as well as we could. A node of ours
+    would cost more than the interpreter's time: of what Python reads, nothing is in the caches
+    after an activation of megabytes.
+
+    Args:
+        block: A block, or a copy of one, that autograd does not see; or None.
+        slot: The parameter's; None: the block is returned as it is.
+    """
+    if block is None or slot is None:
+        return block
+    leaf, param = block.detach().requires_grad_(), slot.param()
+
+    def land(leaf: Any, _alive: Tensor | None = param) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        if torch.is_grad_enabled():
+            raise GradientError(IN_PLACE_TWICE)
+        slot.add(gradient)
+
+    leaf.register_post_accumulate_grad_hook(land)
+    return leaf
 
 
 def _slot(param: Tensor | None) -> GradientSlot | None:

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
 from sorted_kernels.ops import conv2d_ops as ops
-from sorted_kernels.ops.blocks import Blocks, lean_apply
+from sorted_kernels.ops.blocks import Blocks, leaf_of, lean_apply
 from sorted_kernels.ops.checks import active_block, autocast, embed_prefix
 from sorted_kernels.ops.conv2d_checks import Pair, Sizes, check_rest, geometry_of, resolve
 from sorted_kernels.ops.gradient import (
@@ -100,40 +100,30 @@ def _land(
 
 
 class _Conv2dOnBlocks(Function):
-    """In-place gradients in plain PyTorch: as little Python as can be."""
+    """In-place gradients where PyTorch's own convolution is the slower one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Blocks, geometry: Geometry, anchor: Tensor) -> Tensor:
-        product = reference.is_product(x, blocks.weight, geometry)
-        w = blocks.weight if product else reference.kept_weight(x, blocks.weight)
         needs_x, needs_w = blocks.weight_slot is not None, x.requires_grad
-        ctx.save_for_backward(x if needs_x else None, w if needs_w else None)
+        ctx.save_for_backward(x if needs_x else None, blocks.weight if needs_w else None)
         ctx.blocks, ctx.geometry, ctx.input_size = blocks, geometry, x.shape[2:]
-        ctx.in_one_call = needs_x and needs_w and not product
-        return reference.convolve(x, w, blocks.bias, geometry, product)
+        return _on_blocks(x, blocks, geometry)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
         x, w = ctx.saved_tensors
-        blocks, geometry = ctx.blocks, ctx.geometry
-        weight_slot, bias_slot = blocks.weight_slot, blocks.bias_slot
-        if not parameters_wanted():
-            weight_slot = bias_slot = None
-        if ctx.in_one_call and weight_slot is not None:
-            wants = True, True, bias_slot is not None
-            gradients = reference.conv2d_backward(dy, x, w, geometry, *wants)
-            weight_slot.add(gradients[1])
-            if bias_slot is not None:
-                bias_slot.add(gradients[2])
-            return gradients[0], None, None, None
-        dx = None if w is None else reference.conv2d_dgrad(dy, w, ctx.input_size, geometry)
-        if weight_slot is not None:
-            out, accumulate = ops.gradient_view(weight_slot, blocks.sizes)
-            reference.conv2d_wgrad_into(dy, x, out, geometry, accumulate)
-        if bias_slot is not None:
-            reference.bias_grad_into(dy, *bias_slot.prefix(blocks.sizes[0]))
+        blocks, g = ctx.blocks, ctx.geometry
+        dx = None
+        if w is not None:
+            dx = ops.module_of(w, g, dy).conv2d_dgrad(dy, w, ctx.input_size, g)
+        if parameters_wanted():
+            if blocks.weight_slot is not None:
+                out, accumulate = ops.gradient_view(blocks.weight_slot, blocks.sizes)
+                ops.module_of(out, g, dy, x).conv2d_wgrad_into(dy, x, out, g, accumulate)
+            if blocks.bias_slot is not None:
+                reference.bias_grad_into(dy, *blocks.bias_slot.prefix(blocks.sizes[0]))
         return dx, None, None, None
 
 
@@ -146,11 +136,25 @@ def conv2d_on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry, activation: 
     Raises:
         RuntimeError: PyTorch's own error; :func:`run_conv2d` says what was wrong.
     """
-    if blocks.train and torch.is_grad_enabled():
+    w = blocks.weight
+    if not torch.is_grad_enabled() or not (blocks.train or x.requires_grad):
+        z = _on_blocks(x, blocks, geometry)
+    elif ops.module_of(w, geometry, x) is not reference or reference.is_product(x, w, geometry):
         z = _apply_on_blocks(x, blocks, geometry, ANCHOR)
     else:
-        z = reference.conv2d(x, blocks.weight, blocks.bias, geometry, "none", False)[0]
+        leaf, bias = blocks.leaves
+        kept = reference.kept_weight(x, w)
+        if kept is not w:
+            leaf = leaf_of(kept, blocks.weight_slot)
+        g = geometry
+        z = torch.conv2d(x, leaf, bias, g.stride, g.padding, g.dilation, g.groups)
     return z if activation == "none" else activate(z, activation)
+
+
+def _on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry) -> Tensor:
+    module = ops.module_of(blocks.weight, geometry, x)
+    z: Tensor = module.conv2d(x, blocks.weight, blocks.bias, geometry, "none", False)[0]
+    return z
 
 
 def _save(

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sorted_kernels.ops.backend import implementation, linear_implementation
+from sorted_kernels.ops import narrow_conv2d
+from sorted_kernels.ops.backend import implementation, in_compiled_torch, linear_implementation
 from sorted_kernels.ops.checks import active_block
 from sorted_kernels.ops.conv2d_checks import Sizes, geometry_of, output_shape
 from sorted_kernels.ops.gradient import GradientSlot
@@ -56,7 +57,7 @@ def forward(
         )
         y, saved = module.linear(rows, w[:, :, 0, 0], bias, block[0], activation, save)
         return _images(y), _images(saved) if saved.numel() else saved
-    return _module(x).conv2d(x, w, bias, g, activation, save)
+    return module_of(w, g, x).conv2d(x, w, bias, g, activation, save)
 
 
 def dgrad(dy: Tensor, weight: Tensor, block: Sizes, geometry: Sizes, input_size: Sizes) -> Tensor:
@@ -68,7 +69,7 @@ def dgrad(dy: Tensor, weight: Tensor, block: Sizes, geometry: Sizes, input_size:
         rows = _rows(dy)
         module = linear_implementation("dgrad", (rows, w[:, :, 0, 0]), block[0], block[1])
         return _images(module.linear_dgrad(rows, w[:, :, 0, 0], block[1]))
-    return _module(dy).conv2d_dgrad(dy, w, tuple(input_size), g)
+    return module_of(w, g, dy).conv2d_dgrad(dy, w, tuple(input_size), g)
 
 
 def _wgrad(dy: Tensor, x: Tensor, block: Sizes, geometry: Sizes) -> Tensor:
@@ -89,7 +90,7 @@ def wgrad_into(dy: Tensor, x: Tensor, g: Geometry, out: Tensor, accumulate: bool
         module = linear_implementation("wgrad", (pixels, inputs, matrix), *matrix.shape)
         module.linear_wgrad_into(pixels, inputs, matrix, accumulate)
     else:
-        _module(dy).conv2d_wgrad_into(dy, x, out, g, accumulate)
+        module_of(out, g, dy, x).conv2d_wgrad_into(dy, x, out, g, accumulate)
 
 
 def bias_grad_into(dy: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -98,11 +99,18 @@ def bias_grad_into(dy: Tensor, out: Tensor, accumulate: bool) -> None:
         total = dy.sum((0, 2, 3))
         out.add_(total) if accumulate else out.copy_(total)
         return
-    _module(dy).bias_grad_into(dy, out, accumulate)
+    implementation("conv2d", dy).bias_grad_into(dy, out, accumulate)
 
 
-def _module(x: Tensor) -> ModuleType:
-    return implementation("conv2d", x)
+def module_of(w: Tensor, geometry: Geometry, *activations: Tensor) -> ModuleType:
+    """What runs a product: of a weight's block, or the view that takes its gradient, with these."""
+    if (
+        in_compiled_torch(activations[0])
+        and narrow_conv2d.is_narrow(activations[0], w, geometry)
+        and all(x.is_contiguous() for x in activations)
+    ):
+        return narrow_conv2d
+    return implementation("conv2d", activations[0])
 
 
 def _is_linear(x: Tensor, w: Tensor, geometry: Geometry) -> bool:

@@ -17,6 +17,7 @@ from sorted_kernels.ops.affine import (
     check_channel_parameters,
     check_channels,
     differentiable,
+    expect,
     fake_gradients,
     full_size,
     land,
@@ -65,7 +66,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight (c,) and bias (c,); empty where not needed."""
     args, needs = (dy, x, mean, rstd, weight, num_groups), (need_dx, need_weight, need_bias)
-    return backward_tensors("group_norm", args, weight, needs)
+    return backward_tensors("group_norm", args, x.shape[1], weight, needs)
 
 
 for _device in ("CPU", "CUDA"):
@@ -94,7 +95,8 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(x, weight, need_dx, need_weight, need_bias)
+    dx = torch.empty_like(x, memory_format=suggest_memory_format(x))
+    return fake_gradients(dx, x.shape[1], weight, (need_dx, need_weight, need_bias))
 
 
 class _GroupNorm(Function):
@@ -120,13 +122,12 @@ class _GroupNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.dense:
-            for slot in ctx.slots:
-                if slot is not None:
-                    slot.expect(dy.shape[1])
+            expect(ctx.slots, dy.shape[1])
             return (*_dense_backward(ctx, dy), *[None] * 6)
         x, weight, _, mean, rstd = ctx.saved_tensors
         args, op = (dy, x, mean, rstd, weight, ctx.num_groups), _backward_op()
-        return land("group_norm", args, ctx.slots, ctx.needs_input_grad[0], op), *[None] * 8
+        dx = land("group_norm", args, x.shape[1], ctx.slots, ctx.needs_input_grad[0], op)
+        return dx, *[None] * 8
 
 
 def _backward_op() -> Any:

@@ -10,19 +10,28 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from sorted_kernels.errors import GradientError
+from sorted_kernels.ops.affine import (
+    Gradients,
+    backward_tensors,
+    differentiable,
+    expect,
+    fake_gradients,
+    full_size,
+    land,
+)
 from sorted_kernels.ops.backend import implementation
 from sorted_kernels.ops.blocks import Blocks, lean_apply
-from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input, embed_prefix
+from sorted_kernels.ops.checks import autocast_wide, check_affine, check_input
 from sorted_kernels.ops.gradient import (
     ANCHOR,
     IN_PLACE_TWICE,
     GradientSlot,
     detached,
-    lands,
     parameters_wanted,
 )
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.ops.ragged_norm import run_ragged_norm
+from sorted_kernels.reference.affine import prefix_of
 from sorted_kernels.row_widths import RowWidths
 
 LIBRARY.define(
@@ -51,14 +60,8 @@ def _backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (..., k), weight (k,) and bias (k,); empty where not needed."""
-    k = x.shape[-1]
-    dw = x.new_empty(k if need_weight else 0)
-    db = x.new_empty(k if need_bias else 0)
-    dx = implementation("layer_norm", x).layer_norm_backward_into(
-        dy, x, mean, rstd, weight, dw if need_weight else None, db if need_bias else None,
-        False, False, need_dx,
-    )  # fmt: skip
-    return x.new_empty(0) if dx is None else dx, dw, db
+    args, needs = (dy, x, mean, rstd, weight), (need_dx, need_weight, need_bias)
+    return backward_tensors("layer_norm", args, x.shape[-1], weight, needs)
 
 
 for _device in ("CPU", "CUDA"):
@@ -86,12 +89,8 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k = x.shape[-1]
-    return (
-        torch.empty_like(x) if need_dx else x.new_empty(0),
-        x.new_empty(k if need_weight else 0),
-        x.new_empty(k if need_bias else 0),
-    )
+    needs = need_dx, need_weight, need_bias
+    return fake_gradients(torch.empty_like(x), x.shape[-1], weight, needs)
 
 
 class _LayerNorm(Function):
@@ -116,31 +115,16 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.dense:
-            for slot in ctx.slots:
-                if slot is not None:
-                    slot.expect(dy.shape[-1])
+            expect(ctx.slots, dy.shape[-1])
             return (*_dense_backward(ctx, dy), *[None] * 5)
-        if torch.is_grad_enabled():
-            raise GradientError(IN_PLACE_TWICE)
-        x, weight, mean, rstd = ctx.saved_tensors
-        weight_slot, bias_slot = (slot if lands(slot) else None for slot in ctx.slots)
-        if is_compiling():
-            dx, dw, db = torch.ops.sorted_kernels.layer_norm_backward(
-                dy, x, mean, rstd, weight, ctx.needs_input_grad[0],
-                weight_slot is not None, bias_slot is not None,
-            )  # fmt: skip
-            for slot, gradient in ((weight_slot, dw), (bias_slot, db)):
-                if slot is not None:
-                    torch.ops.sorted_kernels.accumulate_prefix(gradient, slot.token, slot.handle)
-            return (dx if ctx.needs_input_grad[0] else None), *[None] * 7
-        k = x.shape[-1]
-        weight_out, add_weight = (None, False) if weight_slot is None else weight_slot.prefix(k)
-        bias_out, add_bias = (None, False) if bias_slot is None else bias_slot.prefix(k)
-        dx = implementation("layer_norm", x).layer_norm_backward_into(
-            dy, x, mean, rstd, weight, weight_out, bias_out, add_weight, add_bias,
-            ctx.needs_input_grad[0],
-        )  # fmt: skip
+        x, weight, _, mean, rstd = ctx.saved_tensors
+        args, op = (dy, x, mean, rstd, weight), _backward_op()
+        dx = land("layer_norm", args, x.shape[-1], ctx.slots, ctx.needs_input_grad[0], op)
         return dx, *[None] * 7
+
+
+def _backward_op() -> Any:
+    return torch.ops.sorted_kernels.layer_norm_backward
 
 
 class _LayerNormOnBlocks(Function):
@@ -195,39 +179,23 @@ def _save(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
     ctx.eps = eps
     ctx.shapes = tuple(None if p is None else p.shape for p in (weight, bias))
 
 
-def _dense_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    need_dx, need_weight, need_bias = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
-        dx, dw, db = _differentiable_backward(dy, x, weight, ctx.eps)
-    else:
-        dx, dw, db = torch.ops.sorted_kernels.layer_norm_backward(
-            dy, x, mean, rstd, weight, need_dx, need_weight, need_bias
-        )
-    return (
-        dx if need_dx else None,
-        embed_prefix(dw, ctx.shapes[0]) if need_weight else None,
-        embed_prefix(db, ctx.shapes[1]) if need_bias else None,
-    )
+def _dense_backward(ctx: Any, dy: Tensor) -> Gradients:
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    if not torch.is_grad_enabled():
+        found = _backward_op()(dy, x, mean, rstd, weight, *needs)
+        return full_size(found, needs, ctx.shapes)
 
+    def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        k = x.shape[-1]
+        return torch.layer_norm(x, (k,), prefix_of(weight, k), prefix_of(bias, k), ctx.eps)
 
-def _differentiable_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient as differentiable PyTorch, for double backward: statistics are recomputed."""
-    centred = x - x.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normed = centred * scale
-    scaled = dy if weight is None else dy * weight[: x.shape[-1]]
-    inner = (scaled * normed).mean(-1, keepdim=True)
-    dx = (scaled - scaled.mean(-1, keepdim=True) - normed * inner) * scale
-    k = x.shape[-1]
-    return dx, (dy * normed).reshape(-1, k).sum(0), dy.reshape(-1, k).sum(0)
+    return differentiable(again, (x, weight, bias), needs, dy)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -26,7 +26,6 @@ __all__ = [
     "conv2d_backward",
     "conv2d_dgrad",
     "conv2d_wgrad_into",
-    "convolve",
     "is_channels_last",
     "is_product",
     "kept_weight",
@@ -74,20 +73,14 @@ def conv2d(
         y (N, Co, OH, OW), and the pre-activation of that shape if ``save`` and the activation is
         gelu or silu, else an empty tensor.
     """
-    z = convolve(x, w, bias, geometry, is_product(x, w, geometry))
+    g = geometry
+    if is_product(x, w, g):
+        z = _product(x, w[:, :, 0, 0], bias)
+    else:
+        z = torch.conv2d(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
     if activation == "none":
         return z, x.new_empty(0)
     return activate(z, activation), z if save and activation != "relu" else x.new_empty(0)
-
-
-def convolve(
-    x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, product: bool
-) -> Tensor:
-    """``conv(x, w) + bias``; ``product`` is what :func:`is_product` says."""
-    if product:
-        return _product(x, w[:, :, 0, 0], bias)
-    g = geometry
-    return torch.conv2d(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 def conv2d_dgrad(dy: Tensor, w: Tensor, input_size: tuple[int, int], geometry: Geometry) -> Tensor:
