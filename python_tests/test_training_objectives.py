@@ -157,6 +157,38 @@ def test_a_list_space_sums_over_its_members_only():
     assert sorted(crossed.choose()) == sorted(listed)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("share_depths", [True, False])
+def test_summation_weighs_as_the_space_does(share_depths, reduction):
+    """The gradient that drawing from the space has on average; what is never drawn is not run."""
+    listed = [Submodel(width=8, depth=d) for d in (3, 1, 2)] + [Submodel(width=3, depth=1)]
+    chances = [0.5, 0.0, 0.2, 0.3]
+    space = SubmodelSpace.of(listed, weights=chances)
+    assert [space.probability(submodel) for submodel in listed] == chances
+    assert space.probability(Submodel(width=16, depth=3)) == 0
+    model = Net().double()
+    objective = Summation(space, reduction=reduction, share_depths=share_depths)
+    mean_loss = objective(model, BATCH)
+    assert objective.last_submodels == [listed[0], listed[2], listed[3]]
+    factor = 3 if reduction == "sum" else 1
+
+    def expected(params):
+        pairs = zip(listed, chances, strict=True)
+        return factor * sum(chance * label_loss(params, submodel) for submodel, chance in pairs)
+
+    assert_gradients(model, hand_written_gradients(model, expected))
+    losses = [label_loss(leaves(model), submodel) for submodel in objective.last_submodels]
+    torch.testing.assert_close(mean_loss, torch.stack(losses).mean().detach())
+
+
+def test_probabilities_of_a_product_space():
+    space = SubmodelSpace(weights={"width": [3, 1]}, width=[8, 16], depth=[1, 2, 3])
+    assert space.probability(Submodel(width=8, depth=2)) == pytest.approx(0.25)
+    assert space.probability(Submodel(width=16, depth=3)) == pytest.approx(1 / 12)
+    assert space.probability(Submodel(width=9, depth=3)) == 0
+    assert sum(map(space.probability, space)) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind", [Stochastic, StochasticSummation, Sandwich])
 def test_draws_depend_on_the_seed_and_go_on_from_a_saved_state(kind):
     objective = kind(SPACE, seed=7)

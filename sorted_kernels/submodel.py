@@ -207,7 +207,7 @@ class SubmodelSpace:
             raise SpaceError("SubmodelSpace is empty: give at least one dimension with its sizes")
         weights = dict(weights or {})
         self.dimensions: dict[str, tuple[Any, ...]] = {}
-        self._cumulative: dict[str, list[float]] = {}
+        self._chances: dict[str, tuple[float, ...]] = {}
         for name, given in sizes.items():
             if not isinstance(given, Iterable):
                 raise SpaceError(f"dimension {name!r} is {given!r}; its sizes are given as a list")
@@ -222,7 +222,7 @@ class SubmodelSpace:
             chances = zip(values, probabilities(option, len(values)), strict=True)
             pairs = sorted(chances, key=lambda pair: size_order(pair[0]))
             self.dimensions[name] = tuple(value for value, _ in pairs)
-            self._cumulative[name] = list(itertools.accumulate(p for _, p in pairs))
+            self._chances[name] = tuple(chance for _, chance in pairs)
         if weights:
             raise DimensionError(
                 f"weights name unknown dimensions {sorted(weights)}; there are {list(sizes)}"
@@ -261,7 +261,7 @@ class SubmodelSpace:
             for name in listed[0]
         }
         space._listed = tuple(submodel for submodel, _ in pairs)
-        space._cumulative = {"": list(itertools.accumulate(p for _, p in pairs))}
+        space._chances = {"": tuple(chance for _, chance in pairs)}
         return space
 
     def sample(self, generator: torch.Generator | None = None) -> Submodel:
@@ -270,15 +270,26 @@ class SubmodelSpace:
         Args:
             generator: Source of randomness; torch's global one when not given.
         """
-        draws = torch.rand(len(self._cumulative), generator=generator, dtype=torch.float64)
+        draws = torch.rand(len(self._chances), generator=generator, dtype=torch.float64)
         picks = [
-            min(sum(edge <= draw for edge in edges), len(edges) - 1)
-            for edges, draw in zip(self._cumulative.values(), draws.tolist(), strict=True)
+            min(sum(edge <= draw for edge in itertools.accumulate(chances)), len(chances) - 1)
+            for chances, draw in zip(self._chances.values(), draws.tolist(), strict=True)
         ]
         if self._listed is not None:
             return self._listed[picks[0]]
         sizes = zip(self.dimensions.items(), picks, strict=True)
         return Submodel(**{name: values[pick] for (name, values), pick in sizes})
+
+    def probability(self, submodel: Submodel) -> float:
+        """How likely :meth:`sample` draws a sub-model; 0 for one that is not in the space."""
+        if submodel not in self:
+            return 0.0
+        if self._listed is not None:
+            return self._chances[""][self._listed.index(submodel)]
+        return math.prod(
+            self._chances[name][sizes.index(submodel[name])]
+            for name, sizes in self.dimensions.items()
+        )
 
     @property
     def largest(self) -> Submodel:

@@ -119,8 +119,12 @@ class Objective:
                 else:
                     pairs = [self.forward(model, batch)]
                 losses = self._losses(pairs)
-            (losses.sum() * scale).backward()
+            (self._total(losses, chain) * scale).backward()
         return losses.detach()
+
+    def _total(self, losses: Tensor, submodels: list[Submodel]) -> Tensor:
+        """What the gradient of some losses, one a sub-model, is that of."""
+        return losses.sum()
 
     def _losses(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """One loss for each exit of a forward; at once where the loss can (``of_exits``)."""
@@ -229,8 +233,12 @@ class StochasticSummation(_Sampling):
 class Summation(Objective):
     """Every sub-model of the space on every micro-batch, largest first.
 
+    A loss weighs as much as its sub-model is likely in the space, so that the gradient is what
+    :class:`Stochastic` has on average: the mean where all are equally likely. With weights that
+    rise with depth, as in LayerSkip, exits cost the full model less.
+
     Args:
-        space: The sub-models to train; its distribution is not used.
+        space: The sub-models to train; those whose weight is zero are left out.
         reduction: ``"mean"`` (as in Sorted Fine-Tuning) or ``"sum"`` (as in slimmable networks).
         **options: What :class:`Objective` takes.
     """
@@ -239,10 +247,18 @@ class Summation(Objective):
         self, space: SubmodelSpace, *, reduction: Reduction = "mean", **options: Any
     ) -> None:
         super().__init__(space, reduction=reduction, **options)
+        self._chances = {submodel: space.probability(submodel) for submodel in space}
+        self._weighs = len({*self._chances.values()}) > 1
 
     def choose(self) -> list[Submodel]:
         """All of the space, largest first."""
-        return sorted(self.space, reverse=True)
+        return sorted((s for s, chance in self._chances.items() if chance), reverse=True)
+
+    def _total(self, losses: Tensor, submodels: list[Submodel]) -> Tensor:
+        if not self._weighs:
+            return losses.sum()
+        weights = [len(self.last_submodels) * self._chances[submodel] for submodel in submodels]
+        return (losses * losses.new_tensor(weights)).sum()
 
 
 class Sandwich(_Sampling):
