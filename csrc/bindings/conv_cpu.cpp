@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -28,11 +29,11 @@ void check(const char* name, const Tensor& tensor, int64_t axes) {
       " must be float32 on the CPU with ", axes, " axes");
 }
 
-ConvAxis axis_of(const Tensor& x, const Tensor& w, const Tensor& y, const std::vector<int64_t>& g,
-                 int64_t axis) {
+ConvAxis axis_of(const Tensor& x, const Tensor& w, const Tensor& y,
+                 const std::vector<int64_t>& walk, int64_t axis) {
   const int64_t i = axis - 2;
-  const ConvAxis result{x.size(axis), y.size(axis), w.size(axis), g[i],
-                        g[4 + i],     g[2 + i],     g[6 + i]};
+  const ConvAxis result{x.size(axis), y.size(axis), w.size(axis), walk[i],
+                        walk[4 + i],  walk[2 + i],  walk[6 + i]};
   STD_TORCH_CHECK(result.stride >= 1 && result.dilation >= 1 && result.insert >= 1,
                   "stride, dilation and insert must be at least 1");
   STD_TORCH_CHECK(result.out >= 1, "the kernel reaches beyond x");
@@ -41,15 +42,15 @@ ConvAxis axis_of(const Tensor& x, const Tensor& w, const Tensor& y, const std::v
 }
 
 // w is the weight, or the view that takes its gradient: (Co, Ci, KH, KW).
-Conv conv_of(const Tensor& x, const Tensor& w, const Tensor& y, const std::vector<int64_t>& g) {
+Conv conv_of(const Tensor& x, const Tensor& w, const Tensor& y, const std::vector<int64_t>& walk) {
   check("x", x, 4);
   check("w", w, 4);
   check("y", y, 4);
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous(), "x and y must be contiguous");
-  STD_TORCH_CHECK(g.size() == 8, "geometry has ", g.size(), " integers; they are 8");
+  STD_TORCH_CHECK(walk.size() == 8, "walk has ", walk.size(), " integers; they are 8");
   STD_TORCH_CHECK(x.size(0) == y.size(0) && x.size(1) == w.size(1) && y.size(1) == w.size(0),
                   "x, w and y must be (N, Ci, H, W), (Co, Ci, KH, KW) and (N, Co, OH, OW)");
-  const Conv conv{x.size(1), y.size(1), axis_of(x, w, y, g, 2), axis_of(x, w, y, g, 3)};
+  const Conv conv{x.size(1), y.size(1), axis_of(x, w, y, walk, 2), axis_of(x, w, y, walk, 3)};
   STD_TORCH_CHECK(conv.taps() <= kMaxConvTaps, "the kernel has ", conv.taps(), " taps; at most ",
                   kMaxConvTaps, " are allowed");
   return conv;
@@ -65,7 +66,7 @@ const float* read(const Tensor& tensor) {
 
 float* written(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-void narrow_conv2d(Tensor x, Tensor w, std::optional<Tensor> bias, std::vector<int64_t> geometry,
+void narrow_conv2d(Tensor x, Tensor w, std::optional<Tensor> bias, std::vector<int64_t> walk,
                    Tensor y, bool mirrored) {
   ConvWeight weight{read(w), w.stride(0), w.stride(1), w.stride(2), w.stride(3)};
   if (mirrored) {  // inputs and outputs change places, and the last tap comes first
@@ -74,7 +75,7 @@ void narrow_conv2d(Tensor x, Tensor w, std::optional<Tensor> bias, std::vector<i
               -weight.col_stride};
     w = torch::stable::transpose(w, 0, 1);
   }
-  const Conv conv = conv_of(x, w, y, geometry);
+  const Conv conv = conv_of(x, w, y, walk);
   const float* shift = nullptr;
   if (bias.has_value()) {
     check("bias", *bias, 1);
@@ -89,15 +90,15 @@ void narrow_conv2d(Tensor x, Tensor w, std::optional<Tensor> bias, std::vector<i
   float* to = written(y);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiplications(conv)));
   torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(loops.forward_scratch(conv));
+    const std::unique_ptr<float[]> scratch(new float[loops.forward_scratch(conv)]);
     loops.forward(conv, from + begin * in_size, weight, shift, to + begin * out_size, end - begin,
-                  scratch.data());
+                  scratch.get());
   });
 }
 
-void narrow_conv2d_wgrad(Tensor dy, Tensor x, std::vector<int64_t> geometry, Tensor out,
+void narrow_conv2d_wgrad(Tensor dy, Tensor x, std::vector<int64_t> walk, Tensor out,
                          bool accumulate) {
-  const Conv conv = conv_of(x, out, dy, geometry);
+  const Conv conv = conv_of(x, out, dy, walk);
   const ConvLoops& loops = conv_loops(conv.cols.out);
   const int64_t images = x.size(0), parts = std::min(images, kParts);
   const int64_t weights = conv.in_channels * conv.out_channels * conv.taps();
@@ -109,11 +110,11 @@ void narrow_conv2d_wgrad(Tensor dy, Tensor x, std::vector<int64_t> geometry, Ten
       std::max<int64_t>(1, multiplications(conv) * images / std::max<int64_t>(1, parts));
   torch::stable::parallel_for(
       0, parts, std::max<int64_t>(1, kGrain / part), [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(loops.wgrad_scratch(conv));
+        const std::unique_ptr<float[]> scratch(new float[loops.wgrad_scratch(conv)]);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t first = images * i / parts, last = images * (i + 1) / parts;
           loops.wgrad(conv, inputs + first * in_size, upstream + first * out_size,
-                      sums.data() + i * weights, last - first, scratch.data());
+                      sums.data() + i * weights, last - first, scratch.get());
         }
       });
   float* to = written(out);

@@ -40,7 +40,7 @@ struct ConvWeight {
 };
 
 struct ConvLoops {
-  // Floats of scratch memory that a thread's call below needs.
+  // Floats of scratch memory, with any contents, that a thread's call below needs.
   int64_t (*forward_scratch)(const Conv& conv);
   int64_t (*wgrad_scratch)(const Conv& conv);
   // y = conv(x, weight) + bias for `images` images; bias may be null.

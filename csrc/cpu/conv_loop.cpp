@@ -56,6 +56,16 @@ inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t whole_vectors(int64_t count) { return divide_up(count, kLanes) * kLanes; }
 
+template <int kCount>
+struct Count {};
+
+// Cuts [first, end) into tiles of kMost, and the rest into ever smaller ones: tile(Count, first).
+template <int kMost, typename Tile>
+inline void in_tiles(int64_t first, int64_t end, const Tile& tile) {
+  for (; first + kMost <= end; first += kMost) tile(Count<kMost>(), first);
+  if constexpr (kMost > 1) in_tiles<kMost / 2>(first, end, tile);
+}
+
 // An image with its padding, as the loops read it: along a row, pixels that outputs side by side
 // meet lie side by side. A stride of s makes s phases of each row, of every s-th pixel each.
 struct Frame {
@@ -164,27 +174,11 @@ SK_OWN_REGISTERS void forward_tile(const Frame& layout, const Taps& taps, const 
 }
 
 template <int kChannels, int kRows>
-void forward_row(const Frame& layout, const Taps& taps, const float* frame, const ConvWeight& w,
-                 const float* bias, float* y) {
+void forward_rows(Count<kChannels>, Count<kRows>, const Frame& layout, const Taps& taps,
+                  const float* frame, const ConvWeight& w, const float* bias, float* y) {
   for (int64_t col = 0; col < layout.conv.cols.out; col += kLanes) {
     const int64_t cols = minimum(kLanes, layout.conv.cols.out - col);
     forward_tile<kChannels, kRows>(layout, taps, frame + col, w, bias, y + col, cols);
-  }
-}
-
-template <int kChannels>
-void forward_channels(const Frame& layout, const Taps& taps, const float* frame,
-                      const ConvWeight& w, const float* bias, float* y) {
-  const Conv& conv = layout.conv;
-  const int64_t row_step = conv.rows.stride * layout.row_size;
-  int64_t row = 0;
-  for (; row + kTileRows <= conv.rows.out; row += kTileRows) {
-    forward_row<kChannels, kTileRows>(layout, taps, frame + row * row_step, w, bias,
-                                      y + row * conv.cols.out);
-  }
-  for (; row < conv.rows.out; ++row) {
-    forward_row<kChannels, 1>(layout, taps, frame + row * row_step, w, bias,
-                              y + row * conv.cols.out);
   }
 }
 
@@ -194,29 +188,20 @@ void forward(const Conv& conv, const float* x, ConvWeight weight, const float* b
              int64_t images, float* scratch) {
   const Frame layout(conv);
   const Taps taps(layout, weight);
+  const int64_t row_step = conv.rows.stride * layout.row_size;
   memset(scratch, 0, layout.size() * sizeof(float));
   for (int64_t image = 0; image < images; ++image) {
     layout.fill(scratch, x + image * conv.in_channels * conv.in_pixels());
     float* out = y + image * conv.out_channels * conv.out_pixels();
-    ConvWeight w = weight;
-    for (int64_t c = 0; c < conv.out_channels; c += kTileChannels) {
+    in_tiles<kTileChannels>(0, conv.out_channels, [&](auto channels, int64_t c) {
+      const ConvWeight w{weight.data + c * weight.out_stride, weight.out_stride, weight.in_stride,
+                         weight.row_stride, weight.col_stride};
       const float* shift = bias == nullptr ? nullptr : bias + c;
-      switch (minimum(kTileChannels, conv.out_channels - c)) {
-        case 1:
-          forward_channels<1>(layout, taps, scratch, w, shift, out);
-          break;
-        case 2:
-          forward_channels<2>(layout, taps, scratch, w, shift, out);
-          break;
-        case 3:
-          forward_channels<3>(layout, taps, scratch, w, shift, out);
-          break;
-        default:
-          forward_channels<kTileChannels>(layout, taps, scratch, w, shift, out);
-      }
-      w.data += kTileChannels * w.out_stride;
-      out += kTileChannels * conv.out_pixels();
-    }
+      in_tiles<kTileRows>(0, conv.rows.out, [&](auto rows, int64_t row) {
+        forward_rows(channels, rows, layout, taps, scratch + row * row_step, w, shift,
+                     out + c * conv.out_pixels() + row * conv.cols.out);
+      });
+    });
   }
 }
 
@@ -255,8 +240,9 @@ struct Group {
 // Channels x Taps weights' gradients, summed over the images but not over the lanes: into `sums`, a
 // vector a weight, in which channels lie `step` apart.
 template <int kChannels, int kTaps>
-SK_OWN_REGISTERS void wgrad_tile(const Group& group, const int64_t* taps, const float* frames,
-                                 const float* upstream, Vector* sums, int64_t step) {
+SK_OWN_REGISTERS void wgrad_tile(Count<kTaps>, const Group& group, const int64_t* taps,
+                                 const float* frames, const float* upstream, Vector* sums,
+                                 int64_t step) {
   const ConvAxis& axis = group.frame.conv.rows;
   const int64_t row_step = axis.stride * group.frame.row_size;
   const int64_t row_size = group.rows.row_size, channel_size = group.rows.channel_size;
@@ -286,43 +272,16 @@ SK_OWN_REGISTERS void wgrad_tile(const Group& group, const int64_t* taps, const 
 }
 
 template <int kChannels>
-void wgrad_channels(const Group& group, const Taps& taps, const float* frames, const float* dy,
-                    Vector* sums) {
+void wgrad_channels(Count<kChannels>, const Group& group, const Taps& taps, const float* frames,
+                    const float* dy, Vector* sums) {
   const Conv& conv = group.frame.conv;
   const int64_t step = conv.in_channels * taps.count;
   for (int64_t channel = 0; channel < conv.in_channels; ++channel) {
-    int64_t tap = 0;
-    for (; tap + kTileTaps <= taps.count; tap += kTileTaps) {
-      wgrad_tile<kChannels, kTileTaps>(group, taps.x + tap, frames, dy, sums + tap, step);
-    }
-    for (; tap < taps.count; ++tap) {
-      wgrad_tile<kChannels, 1>(group, taps.x + tap, frames, dy, sums + tap, step);
-    }
+    in_tiles<kTileTaps>(0, taps.count, [&](auto tile, int64_t tap) {
+      wgrad_tile<kChannels>(tile, group, taps.x + tap, frames, dy, sums + tap, step);
+    });
     frames += group.frame.channel_size;
     sums += taps.count;
-  }
-}
-
-void wgrad_group(const Group& group, const Taps& taps, const float* frames, const float* dy,
-                 Vector* sums) {
-  const Conv& conv = group.frame.conv;
-  for (int64_t c = 0, count; c < conv.out_channels; c += count) {
-    count = conv.out_channels - c;
-    if (count >= kWideTileChannels) {
-      count = kWideTileChannels;
-      wgrad_channels<kWideTileChannels>(group, taps, frames, dy, sums);
-    } else if (count >= kTileChannels) {
-      count = kTileChannels;
-      wgrad_channels<kTileChannels>(group, taps, frames, dy, sums);
-    } else if (count == 3) {
-      wgrad_channels<3>(group, taps, frames, dy, sums);
-    } else if (count == 2) {
-      wgrad_channels<2>(group, taps, frames, dy, sums);
-    } else {
-      wgrad_channels<1>(group, taps, frames, dy, sums);
-    }
-    dy += count * group.rows.channel_size;
-    sums += count * conv.in_channels * taps.count;
   }
 }
 
@@ -355,7 +314,10 @@ void wgrad(const Conv& conv, const float* x, const float* dy, float* gradient, i
       rows.fill(upstream + i * rows.size(),
                 dy + (first + i) * conv.out_channels * conv.out_pixels());
     }
-    wgrad_group(group, taps, frames, upstream, sums);
+    in_tiles<kWideTileChannels>(0, conv.out_channels, [&](auto channels, int64_t c) {
+      wgrad_channels(channels, group, taps, frames, upstream + c * rows.channel_size,
+                     sums + c * conv.in_channels * taps.count);
+    });
   }
   for (int64_t i = 0; i < weights; ++i) {
     gradient[i] = sum<kLanes>(reinterpret_cast<const float*>(sums + i));

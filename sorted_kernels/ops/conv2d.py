@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -103,14 +104,16 @@ class _Conv2dOnBlocks(Function):
     """In-place gradients where PyTorch's own convolution is the slower one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Blocks, geometry: Geometry, anchor: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, blocks: Blocks, geometry: Geometry, module: ModuleType, anchor: Tensor
+    ) -> Tensor:
         needs_x, needs_w = blocks.weight_slot is not None, x.requires_grad
         ctx.save_for_backward(x if needs_x else None, blocks.weight if needs_w else None)
         ctx.blocks, ctx.geometry, ctx.input_size = blocks, geometry, x.shape[2:]
-        return _on_blocks(x, blocks, geometry)
+        return _on_blocks(x, blocks, geometry, module)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         if torch.is_grad_enabled():
             raise GradientError(IN_PLACE_TWICE)
         x, w = ctx.saved_tensors
@@ -124,7 +127,7 @@ class _Conv2dOnBlocks(Function):
                 ops.module_of(out, g, dy, x).conv2d_wgrad_into(dy, x, out, g, accumulate)
             if blocks.bias_slot is not None:
                 reference.bias_grad_into(dy, *blocks.bias_slot.prefix(blocks.sizes[0]))
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 _apply_on_blocks = lean_apply(_Conv2dOnBlocks)
@@ -137,10 +140,11 @@ def conv2d_on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry, activation: 
         RuntimeError: PyTorch's own error; :func:`run_conv2d` says what was wrong.
     """
     w = blocks.weight
+    module = ops.module_of(w, geometry, x)
     if not torch.is_grad_enabled() or not (blocks.train or x.requires_grad):
-        z = _on_blocks(x, blocks, geometry)
-    elif ops.module_of(w, geometry, x) is not reference or reference.is_product(x, w, geometry):
-        z = _apply_on_blocks(x, blocks, geometry, ANCHOR)
+        z = _on_blocks(x, blocks, geometry, module)
+    elif module is not reference or reference.is_product(x, w, geometry):
+        z = _apply_on_blocks(x, blocks, geometry, module, ANCHOR)
     else:
         leaf, bias = blocks.leaves
         kept = reference.kept_weight(x, w)
@@ -151,8 +155,7 @@ def conv2d_on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry, activation: 
     return z if activation == "none" else activate(z, activation)
 
 
-def _on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry) -> Tensor:
-    module = ops.module_of(blocks.weight, geometry, x)
+def _on_blocks(x: Tensor, blocks: Blocks, geometry: Geometry, module: ModuleType) -> Tensor:
     z: Tensor = module.conv2d(x, blocks.weight, blocks.bias, geometry, "none", False)[0]
     return z
 
