@@ -32,7 +32,24 @@ def problem(exits=None, rows=7, words=11, k=5, K=9, dtype=torch.float32, bias=Tr
     return hidden, weight, torch.randn(words).to(dtype) if bias else None, target
 
 
-def exact(hidden, block, bias, target, reduction="mean", label_smoothing=0.0, ignore_index=IGNORED):
+def weigh(losses, exit_weights):
+    """Losses (E,) or (E, ...), each exit's times its weight."""
+    if exit_weights is None:
+        return losses
+    weights = torch.as_tensor(exit_weights).to(losses)
+    return losses * weights.view(-1, *[1] * (losses.dim() - 1))
+
+
+def exact(
+    hidden,
+    block,
+    bias,
+    target,
+    reduction="mean",
+    label_smoothing=0.0,
+    ignore_index=IGNORED,
+    exit_weights=None,
+):
     """Written out: minus the target's log-probability, mixed with the mean over the words."""
     logits = hidden @ block.T if bias is None else hidden @ block.T + bias
     log_p = logits - logits.logsumexp(-1, keepdim=True)
@@ -42,13 +59,22 @@ def exact(hidden, block, bias, target, reduction="mean", label_smoothing=0.0, ig
     losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(-1)
     losses = torch.where(kept, losses, torch.zeros_like(losses))
     if reduction == "none":
-        return losses
+        return weigh(losses, exit_weights)
     rows = tuple(range(losses.dim() - target.dim(), losses.dim()))
     total = losses.sum(rows) if rows else losses
-    return total / kept.sum() if reduction == "mean" else total
+    return weigh(total / kept.sum() if reduction == "mean" else total, exit_weights)
 
 
-def plain(hidden, block, bias, target, reduction="mean", label_smoothing=0.0, ignore_index=IGNORED):
+def plain(
+    hidden,
+    block,
+    bias,
+    target,
+    reduction="mean",
+    label_smoothing=0.0,
+    ignore_index=IGNORED,
+    exit_weights=None,
+):
     """Torch's own operators in the dtype of the hidden states, logits whole."""
     logits = F.linear(hidden, block, bias).float()
     many = hidden.shape[:-1] != target.shape
@@ -58,7 +84,7 @@ def plain(hidden, block, bias, target, reduction="mean", label_smoothing=0.0, ig
         for z in (logits if many else [logits])
     ]
     shape = hidden.shape[:-1] if reduction == "none" else hidden.shape[: int(many)]
-    return torch.stack(losses).view(shape)
+    return weigh(torch.stack(losses).view(shape), exit_weights)
 
 
 def gradients_of(function, hidden, weight, bias, *rest, dy, **options):
@@ -209,6 +235,17 @@ def test_leading_axes_of_one_exit_and_of_many():
     torch.testing.assert_close(one, plain(hidden[:1, 0, 0], weight[:, :5], bias, target[0, 0, :1]))
 
 
+@reductions
+@pytest.mark.parametrize("kind", [EQUAL, DIFFERENT])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_weights_of_exits(reduction, kind, dtype):
+    torch.manual_seed(8)
+    values = problem(3, 65, 37, 33, 40, dtype)
+    dy = upstream(values[0], values[3], reduction, kind)
+    for weights in ([0.3, 0.0, 2.5], torch.tensor([-1.0, 7.0, 0.5], dtype=torch.float64)):
+        check(*values, dy, reduction=reduction, exit_weights=weights)
+
+
 @pytest.mark.parametrize("reduction, exits", [("mean", 2), ("sum", None), ("none", 2)])
 def test_gradcheck(reduction, exits):
     torch.manual_seed(9)
@@ -216,8 +253,12 @@ def test_gradcheck(reduction, exits):
     weight = weight.nan_to_num()
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
 
+    options = {"exit_weights": None if exits is None else [0.5, 3.0]}
+
     def function(hidden, weight, bias):
-        return ours(hidden, weight, bias, target, reduction=reduction, label_smoothing=0.2)
+        return ours(
+            hidden, weight, bias, target, reduction=reduction, label_smoothing=0.2, **options
+        )
 
     torch.autograd.gradcheck(function, leaves)
     torch.autograd.gradgradcheck(function, leaves)
@@ -241,9 +282,9 @@ def head_with(weight, bias, k, words=None, mode="inplace"):
     return head
 
 
-def run_layer(head, hidden, target, dy, **options):
+def run_layer(head, hidden, target, dy, exit_weights=None, **options):
     leaf = hidden.detach().requires_grad_()
-    loss = sk.nn.LinearCrossEntropy(head, **options)(leaf, target)
+    loss = sk.nn.LinearCrossEntropy(head, **options)(leaf, target, exit_weights=exit_weights)
     loss.backward(dy.to(loss))
     return [loss.detach(), leaf.grad, *(p.grad for p in head.parameters())]
 
@@ -257,9 +298,10 @@ def test_in_place_equals_pure_and_leaves_the_rest_alone(exits, reduction, kind, 
     hidden, weight, bias, target = problem(exits, 9, words=13, dtype=dtype)
     target.clamp_(max=7)
     dy = upstream(hidden, target, reduction, kind)
+    options = {"reduction": reduction, "exit_weights": None if exits is None else [2.0, 0.5, 1.0]}
     head, pure = (head_with(weight, bias, 5, 8, mode) for mode in ("inplace", "dense"))
-    found = run_layer(head, hidden, target, dy, reduction=reduction)
-    expected = run_layer(pure, hidden, target, dy, reduction=reduction)
+    found = run_layer(head, hidden, target, dy, **options)
+    expected = run_layer(pure, hidden, target, dy, **options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
@@ -270,8 +312,8 @@ def test_in_place_equals_pure_and_leaves_the_rest_alone(exits, reduction, kind, 
     for name, param in head.named_parameters():
         param.grad.data[masks[name]] = torch.arange(1, int(masks[name].sum()) + 1).to(dtype)
         patterns[name] = param.grad.clone()
-    run_layer(head, hidden, target, dy, reduction=reduction)  # a second time, onto the first
-    run_layer(pure, hidden, target, dy, reduction=reduction)
+    run_layer(head, hidden, target, dy, **options)  # a second time, onto the first
+    run_layer(pure, hidden, target, dy, **options)
     for name, param in head.named_parameters():
         assert_same_bits(param.grad[masks[name]], patterns[name][masks[name]])
         second, other = param.grad[~masks[name]], pure.get_parameter(name).grad[~masks[name]]
@@ -415,6 +457,8 @@ def test_no_gradients_are_computed_without_need(monkeypatch):
         assert stages(lambda: loss(leaf, target)) == [False]
     assert stages(lambda: loss(leaf, target).mean().backward()) == [True]
     assert stages(lambda: loss(leaf, target).sum().backward()) == [True]
+    weighed = {"exit_weights": [1.0, 2.0, 5.0]}
+    assert stages(lambda: loss(leaf, target, **weighed).mean().backward()) == [True]
     assert stages(lambda: loss(leaf, target).backward(torch.arange(3.0))) == [True, True]
     assert stages(lambda: loss(leaf, target, "none").sum().backward()) == [False, True]
     head.requires_grad_(False)
@@ -448,7 +492,7 @@ def test_sixteen_sizes_two_graphs(mode):
             sk.activate(module, sk.Submodel(i=k, o=k + 3))
             module.zero_grad()
             leaf = hidden[..., :k].clone().requires_grad_()
-            loss = run(leaf, target.clamp(max=k + 2))
+            loss = run(leaf, target.clamp(max=k + 2), exit_weights=[3.0, 1.0, 0.5])
             loss.backward(torch.arange(1.0, 4.0))
             outcomes.append([loss.detach(), leaf.grad, *(p.grad for p in module.parameters())])
         for mine, theirs in zip(*outcomes, strict=True):
@@ -475,6 +519,11 @@ ERRORS = {
     "target device": (sk.DeviceError, "target is on meta", {"target": _FULL.to("meta")}),
     "smoothing": (sk.OptionError, "label_smoothing=1.5; allowed", {"label_smoothing": 1.5}),
     "reduction": (sk.OptionError, "reduction='max'; allowed are none", {"reduction": "max"}),
+    "weights of no exits": (sk.ShapeError, "here no exits", {"exit_weights": [1.0] * 7}),
+    "weights": (
+        sk.ShapeError, r"shape \(3,\); .* here \(2,\)",
+        {"hidden": torch.ones(2, 7, 5), "exit_weights": [1.0] * 3},
+    ),
     "too wide": (sk.ShapeError, "hidden has 10 features", {"hidden": torch.ones(7, 10)}),
     "no exit": (sk.ShapeError, "at least one exit", {"hidden": torch.ones(0, 7, 5)}),
     "weight strides": (sk.StrideError, "weight has strides", {"weight": torch.ones(9, 11).T}),

@@ -108,18 +108,20 @@ def test_evaluate_gives_the_loss_of_each_exit():
     assert [row.metric for row in results] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def test_exits_learn_from_the_deepest():
+@pytest.mark.parametrize("weights", [None, [0.5, 3.0]])
+def test_exits_learn_from_the_deepest(weights):
     model, ids = llama(), tokens()
     chain = depths(model, 2, 4)
     task = sk.training.CausalLM(model, distill=0.75)
     pairs = forward_exits(model, chain, lambda: task.forward(model, ids))
     hidden = [pair[0] for pair in pairs]
-    losses = task.loss.of_exits(hidden, ids[:, 1:])
+    losses = task.loss.of_exits(hidden, ids[:, 1:], weights)
     own = logits_losses(model, chain, ids, ids)
     with torch.no_grad():
         student, teacher = (model.lm_head(h).flatten(0, 1) for h in hidden)
         soft = F.cross_entropy(student, teacher.softmax(-1))
-    torch.testing.assert_close(losses, torch.stack([0.25 * own[0] + 0.75 * soft, own[1]]))
+    expected = torch.stack([0.25 * own[0] + 0.75 * soft, own[1]])
+    torch.testing.assert_close(losses, expected * torch.tensor(weights or [1.0, 1.0]))
     losses.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,14 @@ class LinearCrossEntropy(torch.nn.Module):
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.reduction = reduction
 
-    def forward(self, hidden: Tensor, target: Tensor, reduction: str | None = None) -> Tensor:
-        """The loss; ``reduction`` in place of the module's own."""
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        reduction: str | None = None,
+        exit_weights: Sequence[float] | Tensor | None = None,
+    ) -> Tensor:
+        """The loss; ``reduction`` in place of the module's own, each exit times its weight (E,)."""
         (head,) = self._head
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
@@ -63,5 +71,5 @@ class LinearCrossEntropy(torch.nn.Module):
                 weight, bias = weight[:words], None if bias is None else bias[:words]
         return run_linear_cross_entropy(
             hidden, weight, bias, target, self.ignore_index, self.label_smoothing,
-            reduction or self.reduction, *paths,
+            reduction or self.reduction, exit_weights, *paths,
         )  # fmt: skip

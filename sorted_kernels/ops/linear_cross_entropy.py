@@ -2,11 +2,13 @@
 
 Gradients come with the forward pass where the loss is reduced: the rows' upstream gradients are
 then known but for one factor an exit, and if the exits' factors turn out equal (the mean or sum of
-their losses) nothing is computed twice. Otherwise the backward computes the logits again.
+their losses, which may be weighed) nothing is computed twice. Otherwise the backward computes the
+logits again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class _LinearCrossEntropy(Function):
     """Losses of E exits of N rows each, (E,) reduced or (E N,) not.
 
     ``factor`` is what the reduction multiplies a row's loss by, or None where it does not reduce;
+    ``exit_weights`` (E,) is what the losses of each exit are multiplied by, or None for ones;
     ``ahead`` says that a backward can be expected, so that the forward has its gradients ready.
     """
 
@@ -48,6 +51,7 @@ class _LinearCrossEntropy(Function):
         target: Tensor,
         exits: int,
         factor: Tensor | None,
+        exit_weights: Tensor | None,
         ignore_index: int,
         label_smoothing: float,
         weight_slot: GradientSlot | None,
@@ -66,32 +70,34 @@ class _LinearCrossEntropy(Function):
         ctx.unit = None
         if ahead and factor is not None and any(ctx.wants):
             ctx.unit = _unit_gradients(hidden, weight, bias, ctx.wants)
+            scale = None if exit_weights is None else _of_rows(exit_weights, target)
             places = Gradients(*ctx.unit)
             losses = run_with(
-                hidden, weight, bias, target, None, ignore_index, label_smoothing, places
+                hidden, weight, bias, target, scale, ignore_index, label_smoothing, places
             )
         else:
             run = torch.ops.sorted_kernels.linear_cross_entropy if is_compiling() else losses_of
             losses = run(hidden, weight, bias, target, *ctx.options)
-        ctx.save_for_backward(hidden, weight, bias, target, factor)
-        return losses if factor is None else losses.view(exits, -1).sum(1) * factor
+        ctx.save_for_backward(hidden, weight, bias, target, factor, exit_weights)
+        return _reduced(losses, exits, factor, exit_weights)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             if not ctx.dense:
                 raise GradientError(IN_PLACE_TWICE)
-            return (*_differentiable(ctx, dy), *[None] * 10)
-        hidden, weight, bias, target, factor = ctx.saved_tensors
+            return (*_differentiable(ctx, dy), *[None] * 11)
+        hidden, weight, bias, target, factor, exit_weights = ctx.saved_tensors
         scale = dy if factor is None else dy * factor.masked_fill(factor.isinf(), 0)
         unit = _handed_over(ctx)
         if unit is not None and ctx.exits > 1 and dy.stride(0) and not bool((dy == dy[0]).all()):
             unit = None  # the exits' factors differ
-        if unit is None and factor is not None:
-            rows = hidden.shape[0] // ctx.exits
-            scale = scale.unsqueeze(1).expand(ctx.exits, rows).reshape(-1)
+        if unit is None:
+            scale = scale if factor is None else _of_rows(scale, target)
+            if exit_weights is not None:
+                scale = scale * _of_rows(exit_weights, target)
         if not ctx.dense and not is_compiling():
-            return _land(ctx, scale, unit), *[None] * 12
+            return _land(ctx, scale, unit), *[None] * 13
         if unit is not None:
             dx, dw, db = (
                 None if part is None else _times(part, scale, like)
@@ -107,7 +113,7 @@ class _LinearCrossEntropy(Function):
             for slot, part in zip(ctx.slots, (dw, db), strict=True):
                 if lands(slot) and part is not None:
                     torch.ops.sorted_kernels.accumulate_prefix(part, slot.token, slot.handle)
-            return dx, *[None] * 12
+            return dx, *[None] * 13
         weight_slot, bias_slot = (None, None) if is_compiling() else ctx.slots
         if weight_slot is not None:
             weight_slot.expect(weight.shape[0], hidden.shape[1])
@@ -115,13 +121,30 @@ class _LinearCrossEntropy(Function):
             bias_slot.expect(weight.shape[0])
         if dw is not None and (is_compiling() or dw.shape != weight.shape):
             dw = embed_prefix(dw, weight.shape)
-        return dx, dw, db, *[None] * 10
+        return dx, dw, db, *[None] * 11
+
+
+def _of_rows(of_exits: Tensor, target: Tensor) -> Tensor:
+    """What each exit has (E,), for each of its rows (E N,)."""
+    rows = target.shape[0] // of_exits.shape[0]
+    return of_exits.unsqueeze(1).expand(-1, rows).reshape(-1)
+
+
+def _reduced(
+    losses: Tensor, exits: int, factor: Tensor | None, exit_weights: Tensor | None
+) -> Tensor:
+    """Losses (E N,) as the function gives them."""
+    if factor is not None:
+        losses = losses.view(exits, -1).sum(1) * factor
+    if exit_weights is None:
+        return losses
+    return (losses.view(exits, -1) * exit_weights.unsqueeze(1)).view_as(losses)
 
 
 def _unit_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, bool, bool]
 ) -> Unit:
-    """Places for the gradients of the sum of all losses.
+    """Places for the gradients of the sum of all losses, times the weights of their exits.
 
     What the sum is to be multiplied by is known in the backward: in half precision, neither its
     smallness (a mean) nor its size (a loss scale) can then push single gradients out of range. The
@@ -165,7 +188,7 @@ def _land(ctx: Any, scale: Tensor, unit: Unit | None) -> Tensor | None:
             upstream gradients (R,) of the rows.
         unit: Gradients for an upstream gradient of one, if the forward has them; they are lost.
     """
-    hidden, weight, bias, target, _ = ctx.saved_tensors
+    hidden, weight, bias, target, *_ = ctx.saved_tensors
     sizes = ((weight.shape[0], hidden.shape[1]), (weight.shape[0], 1))
     (dw, add_dw), (db, add_db) = (
         slot.prefix(*size) if lands(slot) else (None, False)
@@ -187,7 +210,7 @@ def _land(ctx: Any, scale: Tensor, unit: Unit | None) -> Tensor | None:
 
 def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Gradients in PyTorch operations that can be differentiated again; logits are whole here."""
-    hidden, weight, bias, target, factor = ctx.saved_tensors
+    hidden, weight, bias, target, factor, exit_weights = ctx.saved_tensors
     ignore_index, label_smoothing = ctx.options
     block = weight[:, : hidden.shape[1]].to(hidden.dtype)
     shift = None if bias is None else bias.to(hidden.dtype)
@@ -195,7 +218,7 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         F.linear(hidden, block, shift).to(wide_dtype(hidden.dtype)), target.long(),
         ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing,
     )  # fmt: skip
-    total = losses if factor is None else losses.view(ctx.exits, -1).sum(1) * factor
+    total = _reduced(losses, ctx.exits, factor, exit_weights)
     inputs = (hidden, weight, bias)
     asked = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(total, asked, dy, create_graph=True))
@@ -246,6 +269,7 @@ def run_linear_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    exit_weights: Sequence[float] | Tensor | None,
     weight_slot: GradientSlot | None,
     bias_slot: GradientSlot | None,
     dense: bool,
@@ -263,9 +287,15 @@ def run_linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])
     words = target.reshape(-1)
     words = words.repeat(exits) if many else words
-    factor = None
+    factor, wide = None, wide_dtype(hidden.dtype)
+    if exit_weights is not None:
+        exit_weights = torch.as_tensor(exit_weights, dtype=wide, device=hidden.device).detach()
+        if not many or exit_weights.shape != (exits,):
+            raise ShapeError(
+                f"exit_weights has shape {tuple(exit_weights.shape)}; allowed is one weight for "
+                f"each exit of hidden (E, ..., k), here {(exits,) if many else 'no exits'}"
+            )
     if reduction != "none":
-        wide = wide_dtype(hidden.dtype)
         factor = torch.ones((), dtype=wide, device=hidden.device)
         if reduction == "mean":
             factor = 1 / (target != ignore_index).sum().to(wide)
@@ -273,7 +303,7 @@ def run_linear_cross_entropy(
     if not dense:
         weight, bias, anchor = weight.detach(), detached(bias), ANCHOR
     losses = _LinearCrossEntropy.apply(
-        rows, weight, bias, words, exits, factor, ignore_index, label_smoothing,
+        rows, weight, bias, words, exits, factor, exit_weights, ignore_index, label_smoothing,
         weight_slot, bias_slot, dense, torch.is_grad_enabled() and not is_compiling(), anchor,
     )  # fmt: skip
     if factor is None:
@@ -290,14 +320,15 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    exit_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight[:, :k].T + bias``, whose logits are never whole.
 
     Several exits of a model share the head: they are rows like any other, and the head's gradient
     is written once for all. An exit costs its hidden states, and no more memory. With a reduction
     and equal upstream gradients of the exits (their mean or sum) nothing is computed twice; else
-    the backward computes the logits again. As Liger Kernel's fused linear cross-entropy and Apple's
-    cut cross-entropy, of one exit.
+    the backward computes the logits again: what makes exits count for more are ``exit_weights``. As
+    Liger Kernel's fused linear cross-entropy and Apple's cut cross-entropy, of one exit.
 
     Args:
         hidden: (..., k), or (E, ..., k) for E exits, k at most K.
@@ -308,13 +339,14 @@ def linear_cross_entropy(
         label_smoothing: As in torch, from 0 to 1.
         reduction: ``"mean"`` over the targets that count (NaN if there is none, as in torch),
             ``"sum"``, or ``"none"``.
+        exit_weights: (E,) constants that the losses of each exit are multiplied by; None for ones.
 
     Returns:
         A scalar, or (E,) for E exits; with ``"none"`` (...) or (E, ...). In half precision,
         float32.
 
     Raises:
-        ShapeError: Shapes do not fit.
+        ShapeError: Shapes do not fit, or there are ``exit_weights`` where there are no exits.
         StrideError: ``weight`` has no unit inner stride.
         DTypeError: An unsupported dtype, or two that differ outside autocast.
         DeviceError: Tensors on different devices.
@@ -322,5 +354,6 @@ def linear_cross_entropy(
             the vocabulary.
     """
     return run_linear_cross_entropy(
-        hidden, weight, bias, target, ignore_index, label_smoothing, reduction, None, None, True
-    )
+        hidden, weight, bias, target, ignore_index, label_smoothing, reduction, exit_weights,
+        None, None, True,
+    )  # fmt: skip

@@ -94,15 +94,22 @@ class HeadLoss:
         """Mean loss of hidden states (B, S, k)."""
         return self.head_loss(hidden, targets)
 
-    def of_exits(self, hidden: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """Losses (E,) of E exits, each (B, S, k), shallow to deep."""
-        losses = self.head_loss(torch.stack(tuple(hidden)), targets)
+    def of_exits(
+        self, hidden: Sequence[Tensor], targets: Tensor, weights: Sequence[float] | None = None
+    ) -> Tensor:
+        """Losses (E,) of E exits, each (B, S, k), shallow to deep, times their weights."""
+        exits = torch.stack(tuple(hidden))
         if not self.distill:
-            return losses
+            return self.head_loss(exits, targets, exit_weights=weights)
+        *shallow, deepest = [1.0] * len(hidden) if weights is None else weights
+        from_labels = [(1 - self.distill) * weight for weight in shallow]
+        losses = self.head_loss(exits, targets, exit_weights=[*from_labels, deepest])
         teacher = hidden[-1].detach()
-        soft = [soft_head_loss(self.head, exit, teacher, targets) for exit in hidden[:-1]]
-        mixed = (1 - self.distill) * losses[:-1] + self.distill * torch.stack(soft)
-        return torch.cat([mixed, losses[-1:]])
+        soft = [
+            self.distill * weight * soft_head_loss(self.head, exit, teacher, targets)
+            for weight, exit in zip(shallow, hidden, strict=False)
+        ]
+        return losses + torch.stack([*soft, torch.zeros_like(losses[-1])])
 
 
 def soft_head_loss(head: nn.Linear, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:

@@ -41,8 +41,9 @@ class Objective:
     Args:
         space: The sub-models to train.
         loss: ``loss(logits, targets) -> scalar``; cross entropy by default. If it has a method
-            ``of_exits(outputs, targets) -> (E,)``, that is called where E sub-models share a
-            forward (as :class:`~sorted_kernels.training.CausalLM` has it).
+            ``of_exits(outputs, targets, weights) -> (E,)``, that is called where E sub-models share
+            a forward; it multiplies their losses by the weights, a list or None (as
+            :class:`~sorted_kernels.training.CausalLM` has it).
         forward: ``forward(model, batch) -> (logits, targets)``; by default the batch is a pair.
         reduction: Whether the gradient is that of the sum or of the mean of the losses.
         share_depths: Whether sub-models of a micro-batch that differ in depth alone share one
@@ -118,21 +119,24 @@ class Objective:
                     pairs = forward_exits(model, chain, lambda: self.forward(model, batch))
                 else:
                     pairs = [self.forward(model, batch)]
-                losses = self._losses(pairs)
-            (self._total(losses, chain) * scale).backward()
-        return losses.detach()
+                weights = self._weights(chain)
+                losses = self._losses(pairs, weights)
+            (losses.sum() * scale).backward()
+        losses = losses.detach()
+        return losses if weights is None else losses / losses.new_tensor(weights)
 
-    def _total(self, losses: Tensor, submodels: list[Submodel]) -> Tensor:
-        """What the gradient of some losses, one a sub-model, is that of."""
-        return losses.sum()
+    def _weights(self, submodels: list[Submodel]) -> list[float] | None:
+        """What the losses of some sub-models are multiplied by, or None for ones."""
+        return None
 
-    def _losses(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """One loss for each exit of a forward; at once where the loss can (``of_exits``)."""
+    def _losses(self, pairs: list[tuple[Tensor, Tensor]], weights: list[float] | None) -> Tensor:
+        """A weighed loss for each exit of a forward; at once where the loss can (``of_exits``)."""
         at_once = getattr(self.loss, "of_exits", None)
-        if at_once is None or len(pairs) == 1:
-            return torch.stack([self.loss(*pair) for pair in pairs])
-        outputs, targets = zip(*pairs, strict=True)
-        return at_once(outputs, targets[0])
+        if at_once is not None and len(pairs) > 1:
+            outputs, targets = zip(*pairs, strict=True)
+            return at_once(outputs, targets[0], weights)
+        losses = torch.stack([self.loss(*pair) for pair in pairs])
+        return losses if weights is None else losses * losses.new_tensor(weights)
 
     def _precision(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -254,11 +258,10 @@ class Summation(Objective):
         """All of the space, largest first."""
         return sorted((s for s, chance in self._chances.items() if chance), reverse=True)
 
-    def _total(self, losses: Tensor, submodels: list[Submodel]) -> Tensor:
+    def _weights(self, submodels: list[Submodel]) -> list[float] | None:
         if not self._weighs:
-            return losses.sum()
-        weights = [len(self.last_submodels) * self._chances[submodel] for submodel in submodels]
-        return (losses * losses.new_tensor(weights)).sum()
+            return None
+        return [len(self.last_submodels) * self._chances[submodel] for submodel in submodels]
 
 
 class Sandwich(_Sampling):
