@@ -41,6 +41,7 @@ class Preset:
         written: Windows that the model writes itself.
         held_out: Windows to judge on.
         exits: Layers after which the model may stop.
+        full_weight: What the full model's loss counts for beside one of another exit.
         lr: Peak learning rate of AdamW.
     """
 
@@ -50,6 +51,7 @@ class Preset:
     written: int = 96
     held_out: int = 24
     exits: tuple[int, ...] = tuple(range(9, 31, 3))
+    full_weight: float = 5.0
     lr: float = 5e-4
 
 
@@ -196,7 +198,8 @@ def run(preset_name: str, out: Path) -> dict[str, list[float]]:
         return task.forward(model, batch[0])
 
     def objective(depths: Any) -> sk.training.Objective:
-        space = sk.SubmodelSpace.of(submodels(model, depths))
+        weights = [1.0] * (len(depths) - 1) + [preset.full_weight]
+        space = sk.SubmodelSpace.of(submodels(model, depths), weights=weights)
         return sk.training.Summation(
             space, forward=forward, loss=task.loss, autocast=torch.bfloat16
         )

@@ -73,26 +73,34 @@ def cross_entropy_(
     Returns:
         (r,) losses, float32 for half precision.
     """
-    wide, words = wide_dtype(logits.dtype), logits.shape[1]
-    on_cpu, rows = logits.device.type == "cpu", max(1, CACHED_ELEMENTS // words)
-    if on_cpu and logits.dtype != wide and logits.shape[0] > rows:
-        parts = [
-            cross_entropy_(z, t, s, ignore_index, label_smoothing, gradient)
-            for z, t, s in zip(
-                logits.split(rows),
-                target.split(rows),
-                repeat(None) if scale is None else scale.split(rows),
-                strict=False,
-            )
-        ]
-        return torch.cat(parts)
+    wide, options = wide_dtype(logits.dtype), (ignore_index, label_smoothing, gradient)
+    if logits.dtype == wide or logits.device.type != "cpu":
+        return _cross_entropy_(logits, logits.to(wide), target, scale, *options)
+    rows = max(1, CACHED_ELEMENTS // logits.shape[1])
+    widened = logits.new_empty(min(rows, logits.shape[0]), logits.shape[1], dtype=wide)
+    scales = repeat(None) if scale is None else scale.split(rows)
+    parts = [
+        _cross_entropy_(part, widened[: part.shape[0]].copy_(part), *rest, *options)
+        for part, *rest in zip(logits.split(rows), target.split(rows), scales, strict=False)
+    ]
+    return torch.cat(parts)
+
+
+def _cross_entropy_(
+    logits: Tensor,
+    widened: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    gradient: bool,
+) -> Tensor:
+    """:func:`cross_entropy_`; ``widened`` is the logits in float32, themselves or a copy to use."""
+    words, on_cpu = logits.shape[1], logits.device.type == "cpu"
     kept = target != ignore_index
     index = torch.where(kept, target, 0).long().unsqueeze(1)
-    log_p = logits if logits.dtype == wide else logits.to(wide)
-    if on_cpu:  # each row is read before it is written: no second chunk
-        torch.log_softmax(log_p, 1, out=log_p)
-    else:
-        log_p = torch.log_softmax(log_p, 1)
+    # On a CPU each row is read before it is written: no second chunk.
+    log_p = torch.log_softmax(widened, 1, out=widened if on_cpu else None)
     losses = log_p.gather(1, index).squeeze(1).neg_()
     if label_smoothing:
         losses = torch.lerp(losses, -log_p.mean(1), label_smoothing)
@@ -102,7 +110,8 @@ def cross_entropy_(
             share.sub_(label_smoothing / words)
         share.scatter_add_(1, index, share.new_full(index.shape, label_smoothing - 1))
         if scale is not None or not on_cpu:  # on the CPU no row is ignored
-            share.mul_(torch.where(kept, 1 if scale is None else scale, 0).to(wide).unsqueeze(1))
+            factors = torch.where(kept, 1 if scale is None else scale, 0)
+            share.mul_(factors.to(share.dtype).unsqueeze(1))
         if share is not logits:
             logits.copy_(share)
     return torch.where(kept, losses, 0)
