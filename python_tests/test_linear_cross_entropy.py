@@ -1,9 +1,12 @@
 """Cross-entropy under a linear head against the float64 oracle: losses and gradients."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import sorted_kernels as sk
+from sorted_kernels.ops.backend import reference_only
 from sorted_kernels.reference import linear_cross_entropy as reference
 from support.cross_entropy import (
     DIFFERENT,
@@ -75,11 +78,14 @@ def test_ignored_class_of_the_vocabulary():
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kind", [EQUAL, DIFFERENT])
-def test_dtypes(dtype, kind):
+@pytest.mark.parametrize("context", [nullcontext, reference_only], ids=["best", "plain torch"])
+def test_dtypes(dtype, kind, context):
     torch.manual_seed(4)
     values = problem(3, 40, 130, 24, 31, dtype)
     for reduction in REDUCTIONS:
-        check(*values, upstream(values[0], values[3], reduction, kind), reduction=reduction)
+        dy = upstream(values[0], values[3], reduction, kind)
+        with context():
+            check(*values, dy, reduction=reduction)
 
 
 def test_a_large_vocabulary():
@@ -89,7 +95,8 @@ def test_a_large_vocabulary():
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kind", [EQUAL, DIFFERENT])
-def test_many_chunks(dtype, kind, monkeypatch):
+@pytest.mark.parametrize("context", [nullcontext, reference_only], ids=["best", "plain torch"])
+def test_many_chunks(dtype, kind, context, monkeypatch):
     monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 1)
     monkeypatch.setattr(reference, "MIN_ROWS", 5)
     torch.manual_seed(6)
@@ -97,7 +104,7 @@ def test_many_chunks(dtype, kind, monkeypatch):
         values = problem(3, 11, 23, 6, 8, dtype, ignored=ignored)
         seen = []
         add = reference.Gradients.add
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, context():
             patch.setattr(
                 reference.Gradients,
                 "add",

@@ -1,5 +1,6 @@
 """The cross-entropy of a layer: where its gradients land, what it computes, what it keeps."""
 
+import functools
 import gc
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sorted_kernels as sk
+from sorted_kernels.ops import compiled_cross_entropy
 from sorted_kernels.ops.gradient import staircase_of
 from sorted_kernels.reference import linear_cross_entropy as reference
 from support.cross_entropy import (
@@ -202,10 +204,9 @@ def test_no_gradients_are_computed_without_need(monkeypatch):
         calls.append(args[-1])
         return stage(*args)
 
-    run = reference.linear_cross_entropy
-    monkeypatch.setattr(
-        reference, "linear_cross_entropy", lambda *args, **kw: run(*args, stage=counted, **kw)
-    )
+    run = functools.partial(reference.linear_cross_entropy, stage=counted)
+    for module in (reference, compiled_cross_entropy):
+        monkeypatch.setattr(module, "linear_cross_entropy", run)
     head, leaf = head_with(weight, bias, 5), hidden.requires_grad_()
     loss = sk.nn.LinearCrossEntropy(head)
 

@@ -258,6 +258,17 @@ def narrow_conv2d_wgrad_():
     yield dy, x, geometry, torch.zeros(4, 3, 3, 3), True
 
 
+def cross_entropy_rows_():
+    target, scale, losses = torch.tensor([1, -100, 4]), torch.rand(3), torch.empty(3)
+    yield torch.randn(3, 5), target, None, -100, 0.0, True, losses
+    yield torch.randn(3, 5).bfloat16(), target, scale, -100, 0.1, True, losses
+
+
+def add_transposed_():
+    yield torch.zeros(4, 3), torch.randn(3, 4), True
+    yield torch.zeros(4, 3), torch.randn(3, 4).half(), False
+
+
 def attention():
     q, k, v = leaf(2, 4, 3, 5), leaf(2, 2, 6, 5), leaf(2, 2, 6, 5)
     counts = torch.tensor([4, 2])
@@ -301,6 +312,7 @@ SAMPLES = {
         batch_norm, batch_norm_backward, group_norm, group_norm_backward,
         conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_accumulate,
         narrow_conv2d_, narrow_conv2d_wgrad_, ragged_product_,
+        cross_entropy_rows_, add_transposed_,
         attention, attention_backward,
         linear_cross_entropy, linear_cross_entropy_backward,
     )
@@ -308,7 +320,10 @@ SAMPLES = {
 SAMPLES["linear_wgrad_"] = linear_wgrad  # the same arguments; the last one is changed
 
 
-COMPILED = {"narrow_conv2d_", "narrow_conv2d_wgrad_", "ragged_product_"}  # have no fallback
+COMPILED = {  # have no fallback
+    "add_transposed_", "cross_entropy_rows_", "narrow_conv2d_", "narrow_conv2d_wgrad_",
+    "ragged_product_",
+}  # fmt: skip
 
 
 def op_names():

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -205,16 +205,13 @@ def in_plain_torch(op: str, x: Tensor) -> bool:
     return implementation(op, x) is _reference(op)
 
 
-def in_compiled_torch(x: Tensor) -> bool:
-    """Whether the compiled CPU code that calls PyTorch's GEMM may run in place of plain PyTorch.
+def in_compiled_torch(x: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether compiled CPU code for these dtypes may run in place of plain PyTorch.
 
     Not where plain PyTorch was asked for by name.
     """
     return (
-        x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and not _reference_only
-        and _compiled_allowed()
+        x.dtype in dtypes and x.device.type == "cpu" and not _reference_only and _compiled_allowed()
     )
 
 

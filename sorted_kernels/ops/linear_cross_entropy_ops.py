@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from sorted_kernels.ops.backend import implementation
+from sorted_kernels.ops import compiled_cross_entropy
+from sorted_kernels.ops.backend import implementation, in_compiled_torch
 from sorted_kernels.ops.library import LIBRARY
 from sorted_kernels.reference.linear_cross_entropy import Gradients, wide_dtype
 
@@ -39,7 +42,10 @@ def run_with(
     gradients: Gradients | None,
 ) -> Tensor:
     """Losses (R,) of rows (R, k), and their gradients where they are wanted."""
-    run = implementation("linear_cross_entropy", hidden).linear_cross_entropy
+    module: ModuleType = compiled_cross_entropy
+    if not in_compiled_torch(hidden, compiled_cross_entropy.DTYPES):
+        module = implementation("linear_cross_entropy", hidden)
+    run = module.linear_cross_entropy
     head, shift = head_of(hidden, weight, bias)
     return run(hidden, head, shift, target, scale, ignore_index, label_smoothing, gradients)
 

@@ -24,6 +24,8 @@ CACHED_ELEMENTS = 1 << 19
 """Of what a CPU computes in half precision and adds to, or turns into, float32: part of a core's
 second-level cache. Larger temporaries cost more than the products that they are of."""
 
+_HALF_ROWS = 256
+
 
 class CrossEntropyStage(Protocol):
     """What a back end does to a chunk of logits; see :func:`cross_entropy_`."""
@@ -38,6 +40,14 @@ class CrossEntropyStage(Protocol):
         gradient: bool,
     ) -> Tensor:
         """Losses of a chunk (r, V)."""
+        ...
+
+
+class AddNarrowProduct(Protocol):
+    """How a CPU adds a half-precision product in float32; see :func:`add_narrow_product`."""
+
+    def __call__(self, total: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None:
+        """``total (+)= dz.T @ x``."""
         ...
 
 
@@ -80,8 +90,8 @@ def cross_entropy_(
     widened = logits.new_empty(min(rows, logits.shape[0]), logits.shape[1], dtype=wide)
     scales = repeat(None) if scale is None else scale.split(rows)
     parts = [
-        _cross_entropy_(part, widened[: part.shape[0]].copy_(part), *rest, *options)
-        for part, *rest in zip(logits.split(rows), target.split(rows), scales, strict=False)
+        _cross_entropy_(z, widened[: z.shape[0]].copy_(z), words, factors, *options)
+        for z, words, factors in zip(logits.split(rows), target.split(rows), scales, strict=False)
     ]
     return torch.cat(parts)
 
@@ -115,6 +125,31 @@ def _cross_entropy_(
         if share is not logits:
             logits.copy_(share)
     return torch.where(kept, losses, 0)
+
+
+def _times_head(dz: Tensor, weight: Tensor) -> Tensor:
+    """``dz @ weight``: on CPUs, oneDNN is fastest at some rows of half precision at a time."""
+    if dz.is_cuda or dz.dtype == wide_dtype(dz.dtype):
+        return dz @ weight
+    return torch.cat([part @ weight for part in dz.split(_HALF_ROWS)])
+
+
+def add_narrow_product(total: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None:
+    """``total (+)= dz.T @ x``, a few rows at a time: what is added need not leave the cache.
+
+    Args:
+        total: (V, k) in float32.
+        dz: (r, V) in half precision.
+        x: (r, k), dz's dtype.
+        accumulate: Whether to add to what ``total`` holds.
+    """
+    rows = max(1, CACHED_ELEMENTS // x.shape[1])
+    product = x.new_empty(min(rows, dz.shape[1]), x.shape[1])
+    for begin in range(0, dz.shape[1], rows):
+        part = dz[:, begin : begin + rows].t()
+        place, product_part = total[begin : begin + rows], product[: part.shape[0]]
+        torch.mm(part, x, out=product_part)
+        (place.add_ if accumulate else place.copy_)(product_part)
 
 
 class _Rows:
@@ -153,27 +188,16 @@ class _Sum:
         self.total.add_(value) if self.started else self.total.copy_(value)
         self.started = True
 
-    def add_product(self, a: Tensor, b: Tensor) -> None:
-        """Add ``a @ b``."""
+    def add_product(self, dz: Tensor, x: Tensor, add_narrow: AddNarrowProduct) -> None:
+        """Add ``dz.T @ x``."""
         total = self.total
-        if a.dtype == total.dtype:
-            total.addmm_(a, b) if self.started else torch.mm(a, b, out=total)
-            self.started = True
-        elif not a.is_cuda:
-            self._add_narrow_product(a, b)
+        if x.dtype == total.dtype:
+            total.addmm_(dz.t(), x) if self.started else torch.mm(dz.t(), x, out=total)
+        elif not x.is_cuda:
+            add_narrow(total, dz, x, self.started)
         else:  # half-precision operands, a float32 result: cuBLAS
             beta = 1 if self.started else 0
-            torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-            self.started = True
-
-    def _add_narrow_product(self, a: Tensor, b: Tensor) -> None:
-        """Add a half-precision product a few rows at a time: it need not leave the cache."""
-        rows = max(1, CACHED_ELEMENTS // b.shape[1])
-        product = a.new_empty(min(rows, a.shape[0]), b.shape[1])
-        for begin in range(0, a.shape[0], rows):
-            part, total = a[begin : begin + rows], self.total[begin : begin + rows]
-            torch.mm(part, b, out=product[: part.shape[0]])
-            (total.add_ if self.started else total.copy_)(product[: part.shape[0]])
+            torch.addmm(total, dz.t(), x, out_dtype=total.dtype, beta=beta, out=total)
         self.started = True
 
     def finish(self) -> None:
@@ -205,12 +229,19 @@ class Gradients:
         self.weight = None if weight is None else _Sum(weight, accumulate[0])
         self.bias = None if bias is None else _Sum(bias, accumulate[1])
 
-    def add(self, rows: slice | Tensor, dz: Tensor, x: Tensor, weight: Tensor) -> None:
+    def add(
+        self,
+        rows: slice | Tensor,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        add_narrow: AddNarrowProduct,
+    ) -> None:
         """Add what a chunk's logit gradients dz (r, V) bring."""
         if self.hidden is not None:
-            self.hidden[rows] = dz @ weight
+            self.hidden[rows] = _times_head(dz, weight)
         if self.weight is not None:
-            self.weight.add_product(dz.t(), x)
+            self.weight.add_product(dz, x, add_narrow)
         if self.bias is not None:
             self.bias.add(dz.sum(0, dtype=wide_dtype(dz.dtype)))
 
@@ -232,6 +263,7 @@ def linear_cross_entropy(
     gradients: Gradients | None,
     *,
     stage: CrossEntropyStage = cross_entropy_,
+    add_narrow_product: AddNarrowProduct = add_narrow_product,
     row_multiple: int = 1,
 ) -> Tensor:
     """Cross-entropy of each row under a head, and the gradients that are wanted.
@@ -246,6 +278,7 @@ def linear_cross_entropy(
         label_smoothing: From 0 to 1.
         gradients: Where gradients go; None for the losses alone.
         stage: What a back end does to a chunk of logits.
+        add_narrow_product: How it adds to the weight's gradient in half precision on a CPU.
         row_multiple: Logits are this many elements, or a multiple of them, from row to row.
 
     Returns:
@@ -274,7 +307,7 @@ def linear_cross_entropy(
             z, target[part], scaled_by, ignore_index, label_smoothing, gradients is not None
         )
         if gradients is not None:
-            gradients.add(part, z, x, head)
+            gradients.add(part, z, x, head, add_narrow_product)
     if gradients is not None:
         gradients.finish()
     return losses
