@@ -16,10 +16,13 @@ import argparse
 import copy
 import csv
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages, 10% less time
 
 import torch
 from torch import Tensor, nn
