@@ -127,11 +127,12 @@ def _cross_entropy_(
     return torch.where(kept, losses, 0)
 
 
-def _times_head(dz: Tensor, weight: Tensor) -> Tensor:
-    """``dz @ weight``: on CPUs, oneDNN is fastest at some rows of half precision at a time."""
-    if dz.is_cuda or dz.dtype == wide_dtype(dz.dtype):
-        return dz @ weight
-    return torch.cat([part @ weight for part in dz.split(_HALF_ROWS)])
+def _times_head(dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = dz @ weight``; on a CPU oneDNN is fastest at some half-precision rows at a time."""
+    whole = dz.is_cuda or dz.dtype == wide_dtype(dz.dtype)
+    rows = max(1, dz.shape[0]) if whole else _HALF_ROWS
+    for part, place in zip(dz.split(rows), out.split(rows), strict=True):
+        torch.mm(part, weight, out=place)
 
 
 def add_narrow_product(total: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None:
@@ -239,7 +240,10 @@ class Gradients:
     ) -> None:
         """Add what a chunk's logit gradients dz (r, V) bring."""
         if self.hidden is not None:
-            self.hidden[rows] = _times_head(dz, weight)
+            place = self.hidden[rows]  # a view, or where rows are left out a copy
+            _times_head(dz, weight, place)
+            if not isinstance(rows, slice):
+                self.hidden[rows] = place
         if self.weight is not None:
             self.weight.add_product(dz, x, add_narrow)
         if self.bias is not None:
