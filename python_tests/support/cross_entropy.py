@@ -1,5 +1,7 @@
 """Problems for the cross-entropy under a linear head, its oracle, and torch's own."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,24 +27,22 @@ def problem(exits=None, rows=7, words=11, k=5, K=9, dtype=torch.float32, bias=Tr
     return hidden, weight, torch.randn(words).to(dtype) if bias else None, target
 
 
-def weigh(losses, exit_weights):
-    """Losses (E,) or (E, ...), each exit's times its weight."""
-    if exit_weights is None:
-        return losses
-    weights = torch.as_tensor(exit_weights).to(losses)
-    return losses * weights.view(-1, *[1] * (losses.dim() - 1))
+def weighing(function):
+    """Takes ``exit_weights``, too: losses (E,) or (E, ...), each exit's times its weight."""
+
+    @functools.wraps(function)
+    def call(*args, exit_weights=None, **options):
+        losses = function(*args, **options)
+        if exit_weights is None:
+            return losses
+        weights = torch.as_tensor(exit_weights).to(losses)
+        return losses * weights.view(-1, *[1] * (losses.dim() - 1))
+
+    return call
 
 
-def exact(
-    hidden,
-    block,
-    bias,
-    target,
-    reduction="mean",
-    label_smoothing=0.0,
-    ignore_index=IGNORED,
-    exit_weights=None,
-):
+@weighing
+def exact(hidden, block, bias, target, reduction="mean", label_smoothing=0.0, ignore_index=IGNORED):
     """Written out: minus the target's log-probability, mixed with the mean over the words."""
     logits = hidden @ block.T if bias is None else hidden @ block.T + bias
     log_p = logits - logits.logsumexp(-1, keepdim=True)
@@ -52,22 +52,14 @@ def exact(
     losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(-1)
     losses = torch.where(kept, losses, torch.zeros_like(losses))
     if reduction == "none":
-        return weigh(losses, exit_weights)
+        return losses
     rows = tuple(range(losses.dim() - target.dim(), losses.dim()))
     total = losses.sum(rows) if rows else losses
-    return weigh(total / kept.sum() if reduction == "mean" else total, exit_weights)
+    return total / kept.sum() if reduction == "mean" else total
 
 
-def plain(
-    hidden,
-    block,
-    bias,
-    target,
-    reduction="mean",
-    label_smoothing=0.0,
-    ignore_index=IGNORED,
-    exit_weights=None,
-):
+@weighing
+def plain(hidden, block, bias, target, reduction="mean", label_smoothing=0.0, ignore_index=IGNORED):
     """Torch's own operators in the dtype of the hidden states, logits whole."""
     logits = F.linear(hidden, block, bias).float()
     many = hidden.shape[:-1] != target.shape
@@ -77,7 +69,7 @@ def plain(
         for z in (logits if many else [logits])
     ]
     shape = hidden.shape[:-1] if reduction == "none" else hidden.shape[: int(many)]
-    return weigh(torch.stack(losses).view(shape), exit_weights)
+    return torch.stack(losses).view(shape)
 
 
 def gradients_of(function, hidden, weight, bias, *rest, dy, **options):

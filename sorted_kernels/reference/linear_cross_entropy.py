@@ -25,6 +25,7 @@ CACHED_ELEMENTS = 1 << 19
 second-level cache. Larger temporaries cost more than the products that they are of."""
 
 _HALF_ROWS = 256
+"""Of a product in half precision over all words: oneDNN takes a third longer a row for more."""
 
 
 class CrossEntropyStage(Protocol):
